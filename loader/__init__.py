@@ -1,0 +1,1 @@
+"""From a GGUF file to what a GPU needs; knows nothing of devices or Ray."""
