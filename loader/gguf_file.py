@@ -2,8 +2,8 @@
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Opening walks the whole header once
 without decoding it, so a broken file is refused at once and a large vocabulary costs milliseconds; metadata
-values are decoded when asked for, and tensors are views of the mapped file. A file that is cut short after it was
-opened cannot be guarded against: touching a mapped page past its end ends the process (SIGBUS).
+values are decoded when asked for, and tensors are views of the mapped file. A file that is cut short after it
+was opened cannot be guarded against: touching a mapped page past its end ends the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -244,8 +244,8 @@ class GGUFFile:
         path: the file opened, of a split set the first one.
         paths: all files of the set, in order.
         version: GGUF version, 2 or 3.
-        metadata: key to int, float, bool, str, list of str, or numpy array (other arrays). A split set has that
-            of its first file. Bytes of a string value that are not UTF-8 read as U+FFFD.
+        metadata: key to int, float, bool, str, list of str, or numpy array (other arrays). A split set has
+            that of its first file. Bytes of a string value that are not UTF-8 read as U+FFFD.
         tensors: name to `TensorInfo`, in file order.
     """
 

@@ -81,7 +81,7 @@ class QuantType(Enum):
         row_length = shape[-1] if shape else 1
         if row_length % self.block_elements:
             raise ValueError(
-                f"rows of {row_length} do not divide into {self.name} blocks of {self.block_elements} elements"
+                f"rows of {row_length} do not divide into {self.name} blocks of {self.block_elements}"
             )
         return math.prod(shape) // self.block_elements * self.block_bytes
 
