@@ -1,0 +1,55 @@
+// One set of names for what the hardware has, on three targets: AMD GPUs (hiprtc or plain clang), NVIDIA GPUs (NVRTC) and
+// the host (a stand-in that runs each work-item as a fiber, for tests). Nothing here includes a ROCm or CUDA header.
+//
+// Every target's prelude defines
+//   KERNEL(name, threads)     declares an extern "C" kernel with workgroups of at most `threads` work-items
+//   DEVICE                    marks a function that runs on the device
+//   SHARED                    marks a variable in local data share / shared memory
+//   WAVE                      lanes that run together: 64 on CDNA and gfx906, 32 on RDNA and NVIDIA
+//   thread_index() group_x() group_y() group_z() groups_x()
+//   barrier()                 of the workgroup; orders SHARED accesses
+//   lane_read(v, lane)        a lane's value of v, for 32-bit v, all lanes active
+//   dot4(a, b, c)             c + the sum of four products of signed bytes
+//   half_to_float, float_to_half (round to nearest even), exp2_fast, reciprocal_square_root, reciprocal
+//   Tile16: a 16 x 16 float32 product over 16 float16 elements on the matrix unit (see there)
+#pragma once
+#include "common/types.h"
+
+#if defined(__AMDGCN__)
+#include "hip/prelude_amd.h"
+#elif defined(__CUDA_ARCH__) || defined(__CUDACC_RTC__)
+#include "hip/prelude_nvidia.h"
+#else
+#include "hip/prelude_host.h"
+#endif
+
+struct alignas(16) Words4 { u32 word[4]; };
+struct alignas(8) Words2 { u32 word[2]; };
+
+DEVICE inline i32 lane_index() { return thread_index() & (WAVE - 1); }
+DEVICE inline i32 wave_index() { return thread_index() / WAVE; }
+
+DEVICE inline float lane_read(float v, i32 lane) {
+  return __builtin_bit_cast(float, lane_read(__builtin_bit_cast(i32, v), lane));
+}
+
+// Sum and maximum over a wave, or over aligned groups of `width` lanes; every lane gets the result.
+template <i32 width = WAVE, typename T>
+DEVICE inline T wave_sum(T v) {
+#pragma unroll
+  for (i32 step = 1; step < width; step *= 2) v += lane_read(v, lane_index() ^ step);
+  return v;
+}
+
+template <i32 width = WAVE>
+DEVICE inline float wave_max(float v) {
+#pragma unroll
+  for (i32 step = 1; step < width; step *= 2) {
+    const float other = lane_read(v, lane_index() ^ step);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+
+DEVICE inline float exp_fast(float x) { return exp2_fast(x * 1.4426950408889634f); }
+DEVICE inline float silu(float x) { return x * reciprocal(1.0f + exp_fast(-x)); }

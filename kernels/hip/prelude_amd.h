@@ -1,0 +1,129 @@
+// The prelude on AMD GPUs: clang's AMDGPU builtins, the same under hiprtc and under plain clang.
+// Sources: LLVM "User Guide for AMDGPU Backend", BuiltinsAMDGPU.def; AMD RDNA3, RDNA4 and CDNA3 ISA guides (matrix layouts).
+#pragma once
+
+#define DEVICE __attribute__((device)) static
+#define SHARED __attribute__((shared))
+#define KERNEL(name, threads) \
+  extern "C" __attribute__((global, amdgpu_flat_work_group_size(1, threads))) void name
+
+constexpr i32 WAVE = __AMDGCN_WAVEFRONT_SIZE__;
+
+#if defined(__GFX11__) || defined(__GFX12__)
+#define HAS_WMMA 1
+#elif defined(__gfx90a__) || defined(__gfx940__) || defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__) || defined(__gfx908__)
+#define HAS_MFMA 1
+#endif
+
+DEVICE inline i32 thread_index() { return __builtin_amdgcn_workitem_id_x(); }
+DEVICE inline i32 group_x() { return __builtin_amdgcn_workgroup_id_x(); }
+DEVICE inline i32 group_y() { return __builtin_amdgcn_workgroup_id_y(); }
+DEVICE inline i32 group_z() { return __builtin_amdgcn_workgroup_id_z(); }
+
+DEVICE inline void barrier() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+DEVICE inline i32 lane_read(i32 v, i32 lane) { return __builtin_amdgcn_ds_bpermute(lane << 2, v); }
+
+DEVICE inline i32 dot4(i32 a, i32 b, i32 c) {
+#if defined(__GFX11__) || defined(__GFX12__)
+  return __builtin_amdgcn_sudot4(true, a, true, b, c, false);
+#else
+  return __builtin_amdgcn_sdot4(a, b, c, false);
+#endif
+}
+
+DEVICE inline float half_to_float(f16_bits h) { return (float)__builtin_bit_cast(_Float16, h); }
+DEVICE inline f16_bits float_to_half(float x) { return __builtin_bit_cast(f16_bits, (_Float16)x); }
+DEVICE inline float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
+DEVICE inline float log2_fast(float x) { return __builtin_amdgcn_logf(x); }
+DEVICE inline float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
+DEVICE inline float reciprocal_square_root(float x) { return __builtin_amdgcn_rsqf(x); }
+DEVICE inline float round_even(float x) { return __builtin_rintf(x); }
+DEVICE inline float absolute(float x) { return __builtin_fabsf(x); }
+
+// Tile16: c[16 x 16] += a[16 x 16] b[16 x 16]^T on the matrix unit, all 16-bit floats with float32 sums. Row i of `a` and of
+// `b` are 16 consecutive float16 in shared memory, 16-byte aligned; rows lie `stride` elements apart.
+typedef float Floats4 __attribute__((ext_vector_type(4)));
+typedef float Floats8 __attribute__((ext_vector_type(8)));
+typedef _Float16 Halves4 __attribute__((ext_vector_type(4)));
+typedef _Float16 Halves8 __attribute__((ext_vector_type(8)));
+typedef _Float16 Halves16 __attribute__((ext_vector_type(16)));
+
+struct Tile16 { float value[256 / WAVE]; };
+
+#if defined(HAS_MFMA)
+typedef Halves4 TileOperand;
+DEVICE inline TileOperand tile_operand(const f16_bits* p, i32 stride) {
+  const i32 lane = thread_index() & (WAVE - 1);
+  return *(const Halves4*)(p + (lane % 16) * stride + 4 * (lane / 16));
+}
+DEVICE inline void tile_multiply(Tile16& c, TileOperand a, TileOperand b) {
+  Floats4 sum = {c.value[0], c.value[1], c.value[2], c.value[3]};
+  sum = __builtin_amdgcn_mfma_f32_16x16x16f16(a, b, sum, 0, 0, 0);
+#pragma unroll
+  for (i32 i = 0; i < 4; i++) c.value[i] = sum[i];
+}
+DEVICE inline i32 tile_row(i32 i) { return 4 * ((thread_index() & (WAVE - 1)) / 16) + i; }
+DEVICE inline i32 tile_column(i32) { return thread_index() % 16; }
+
+#elif defined(HAS_WMMA)
+#if defined(__GFX12__)
+typedef Halves8 TileOperand;
+#else
+typedef Halves16 TileOperand;
+#endif
+DEVICE inline TileOperand tile_operand(const f16_bits* p, i32 stride) {
+  const i32 lane = thread_index() & (WAVE - 1);
+#if defined(__GFX12__)
+  return *(const Halves8*)(p + (lane % 16) * stride + 8 * (lane / 16));
+#else
+  const Halves8* row = (const Halves8*)(p + (lane % 16) * stride);
+  return __builtin_shufflevector(row[0], row[1], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+}
+DEVICE inline void tile_multiply(Tile16& c, TileOperand a, TileOperand b) {
+  Floats8 sum;
+#pragma unroll
+  for (i32 i = 0; i < 8; i++) sum[i] = c.value[i];
+#if defined(__GFX12__)
+  sum = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(a, b, sum);
+#else
+  sum = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(a, b, sum);
+#endif
+#pragma unroll
+  for (i32 i = 0; i < 8; i++) c.value[i] = sum[i];
+}
+DEVICE inline i32 tile_row(i32 i) {
+  const i32 half = (thread_index() & (WAVE - 1)) / 16;
+#if defined(__GFX12__)
+  return i + 8 * half;
+#else
+  return 2 * i + half;
+#endif
+}
+DEVICE inline i32 tile_column(i32) { return thread_index() % 16; }
+
+#else
+// No matrix unit (gfx906, gfx1030): every lane computes its own elements, two products an instruction.
+typedef _Float16 Halves2 __attribute__((ext_vector_type(2)));
+struct TileOperand {
+  const f16_bits* p;
+  i32 stride;
+};
+DEVICE inline TileOperand tile_operand(const f16_bits* p, i32 stride) { return {p, stride}; }
+DEVICE inline i32 tile_row(i32 i) { return i * (WAVE / 16) + (thread_index() & (WAVE - 1)) / 16; }
+DEVICE inline i32 tile_column(i32) { return thread_index() % 16; }
+DEVICE inline void tile_multiply(Tile16& c, TileOperand a, TileOperand b) {
+  const Halves2* column = (const Halves2*)(b.p + tile_column(0) * b.stride);
+#pragma unroll
+  for (i32 i = 0; i < 256 / WAVE; i++) {
+    const Halves2* row = (const Halves2*)(a.p + tile_row(i) * a.stride);
+#pragma unroll
+    for (i32 k = 0; k < 8; k++) c.value[i] = __builtin_amdgcn_fdot2(row[k], column[k], c.value[i], false);
+  }
+}
+#endif

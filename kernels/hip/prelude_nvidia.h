@@ -1,0 +1,89 @@
+// The prelude on NVIDIA GPUs under NVRTC: CUDA's built-in variables and PTX.
+// Source: NVIDIA "Parallel Thread Execution ISA" (mma.m16n8k16 fragment layout, ldmatrix, cvt, dp4a).
+#pragma once
+
+#define DEVICE __device__ static
+#define SHARED __shared__
+#define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
+
+constexpr i32 WAVE = 32;
+
+DEVICE inline i32 thread_index() { return (i32)threadIdx.x; }
+DEVICE inline i32 group_x() { return (i32)blockIdx.x; }
+DEVICE inline i32 group_y() { return (i32)blockIdx.y; }
+DEVICE inline i32 group_z() { return (i32)blockIdx.z; }
+
+DEVICE inline void barrier() { __syncthreads(); }
+
+DEVICE inline i32 lane_read(i32 v, i32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
+
+DEVICE inline i32 dot4(i32 a, i32 b, i32 c) {
+  i32 d;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+DEVICE inline float half_to_float(f16_bits h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+DEVICE inline f16_bits float_to_half(float x) {
+  f16_bits h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+}
+DEVICE inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE inline float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE inline float reciprocal_square_root(float x) {
+  float y;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE inline float round_even(float x) {
+  float y;
+  asm("cvt.rni.f32.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE inline float absolute(float x) { return x < 0 ? -x : x; }
+
+// Tile16: c[16 x 16] += a[16 x 16] b[16 x 16]^T on the matrix unit, all 16-bit floats with float32 sums. Row i of `a` and of
+// `b` are 16 consecutive float16 in shared memory, 16-byte aligned; rows lie `stride` elements apart.
+struct Tile16 { float value[8]; };
+struct TileOperand { u32 word[4]; };   // 8 x 8 quarters: (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15)
+
+DEVICE inline TileOperand tile_operand(const f16_bits* p, i32 stride) {
+  const i32 lane = thread_index() & 31;
+  const f16_bits* row = p + (lane % 16) * stride + 8 * (lane / 16);
+  u32 address;
+  asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(address) : "l"(row));
+  TileOperand o;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(o.word[0]), "=r"(o.word[1]), "=r"(o.word[2]), "=r"(o.word[3])
+               : "r"(address)
+               : "memory");
+  return o;
+}
+
+DEVICE inline void tile_multiply(Tile16& c, const TileOperand& a, const TileOperand& b) {
+#pragma unroll
+  for (i32 half = 0; half < 2; half++)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c.value[4 * half]), "+f"(c.value[4 * half + 1]), "+f"(c.value[4 * half + 2]), "+f"(c.value[4 * half + 3])
+        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[half]), "r"(b.word[half + 2]));
+}
+DEVICE inline i32 tile_row(i32 i) { return (thread_index() & 31) / 4 + 8 * ((i >> 1) & 1); }
+DEVICE inline i32 tile_column(i32 i) { return 2 * (thread_index() % 4) + (i & 1) + 8 * (i >> 2); }
