@@ -1,0 +1,64 @@
+"""The command line: ``redshard COMMAND``. Each command lives in a module of `cluster.commands` of the same name."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.commands.bench import bench
+from cluster.commands.demo import demo
+from cluster.commands.generate import generate
+from cluster.commands.inspect import inspect
+from cluster.commands.plan import plan
+from cluster.commands.tokenize import tokenize
+from cluster.errors import ModelError, RedshardError
+from worker.device.base import DeviceError
+from worker.memory_pool import PoolError
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Serves GGUF language models across the AMD GPUs of a Ray cluster; without GPUs, on CPUs.",
+)
+for command in (generate, demo, inspect, plan, tokenize, bench):
+    app.command()(command)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Log what happens; show tracebacks.")] = False,
+) -> None:
+    level = logging.DEBUG if debug else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+def main() -> None:
+    """Run the command line. An error is one line on standard error, a traceback only with ``--debug``.
+
+    Exit codes: 0 done, 1 failed while running, 2 bad input.
+    """
+    try:
+        app()
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        sys.exit(_exit_code(error))
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, (RedshardError, DeviceError, PoolError, ValueError, OSError)):
+        return str(error)
+    return f"{type(error).__name__}: {error} (run `redshard --debug ...` for the traceback)"
+
+
+def _exit_code(error: Exception) -> int:
+    # Everything the loader refuses is a ValueError: broken files, unknown architectures, plans that do not fit.
+    return EXIT_BAD_INPUT if isinstance(error, (ValueError, ModelError, OSError)) else EXIT_FAILED

@@ -1,0 +1,45 @@
+"""``redshard tokenize``: token ids of texts, for any GGUF file with a vocabulary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.errors import ParameterError
+from loader.gguf_file import GGUFFile
+from loader.tokenizer import Tokenizer
+
+
+def tokenize(
+    model: Annotated[Path, typer.Argument(help="GGUF file with a vocabulary.", show_default=False)],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to tokenize.", show_default=False)] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help="Read one JSON string a line from this file.", allow_dash=True)
+    ] = None,
+    special: Annotated[
+        bool, typer.Option("--special", help="Add the tokens the model expects at start and end.")
+    ] = False,
+) -> None:
+    """Print the token ids of each text, one line a text."""
+    if bool(texts) == (jsonl is not None):
+        raise ParameterError("give either texts or --jsonl FILE")
+    with GGUFFile.open(model) as file:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+    for text in texts or _read_jsonl(jsonl or Path()):
+        print(*tokenizer.encode(text, add_special=special))
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with typer.open_file(str(path), encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)
+            except ValueError:
+                text = None
+            if not isinstance(text, str):
+                raise ParameterError(f"{path}, line {number}: expected one JSON string, such as \"some text\"")
+            yield text
