@@ -116,12 +116,20 @@ def _pairs(title: str, values: dict[str, Any]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in values.items():
-        if isinstance(value, list):
-            value = "\n".join(value)
-        elif isinstance(value, bool):
-            value = "yes" if value else "no"
-        table.add_row(key.replace("_", " "), "-" if value is None else str(value))
+        table.add_row(key.replace("_", " "), _readable(value))
     return table
+
+
+def _readable(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"  # the file stores float32
+    if isinstance(value, list):
+        return "\n".join(map(str, value))
+    return str(value)
 
 
 def _types_table(types: list[dict[str, Any]]) -> Table:

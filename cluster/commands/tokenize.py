@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.commands.text_files import read_lines
 from cluster.errors import ParameterError
 from loader.gguf_file import GGUFFile
 from loader.tokenizer import Tokenizer
@@ -18,7 +19,7 @@ def tokenize(
     model: Annotated[Path, typer.Argument(help="GGUF file with a vocabulary.", show_default=False)],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to tokenize.", show_default=False)] = None,
     jsonl: Annotated[
-        Path | None, typer.Option(help="Read one JSON string a line from this file.", allow_dash=True)
+        Path | None, typer.Option(help="Read one JSON string a line from this file; - is standard input.")
     ] = None,
     special: Annotated[
         bool, typer.Option("--special", help="Add the tokens the model expects at start and end.")
@@ -41,5 +42,5 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             except ValueError:
                 text = None
             if not isinstance(text, str):
-                raise ParameterError(f"{path}, line {number}: expected one JSON string, such as \"some text\"")
+                raise ParameterError(f'{path}, line {number}: expected one JSON string, such as "some text"')
             yield text
