@@ -322,7 +322,7 @@ def _require(tensors: Mapping[str, TensorInfo], path: Path, name: str) -> Tensor
 class ModelTensors:
     """The tensors of a model by role, each present and of the right shape.
 
-    Matrices are (rows out, columns in). The matrix of role R may have a float32 bias (rows,): role ``R_bias``.
+    Matrices are (rows out, columns in). A matrix of role R may have a float32 bias (rows,): role ``R_bias``.
 
     Attributes:
         rope_freqs: divisors of the rotary frequencies, float32 (n_rot / 2,), or None. Every stage needs them.
