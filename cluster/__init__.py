@@ -1,0 +1,1 @@
+"""Many GPUs: planning, scheduling, the pipeline of stages, and everything that talks to Ray or to people."""
