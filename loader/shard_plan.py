@@ -1,0 +1,297 @@
+"""Which layers go to which device: a pure function of the model's sizes and the devices' memory and speed.
+
+A decode step of a stage reads its weights and its keys and values once, so its time is taken to be those
+bytes over the device's speed. The plan is the contiguous split that fits into memory and whose slowest stage
+is the fastest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from loader.gguf_file import TensorInfo
+from loader.model_config import ModelConfig, ModelTensors
+
+KV_ELEMENT_BYTES = 2
+#: Memory of a device that is neither weights nor cache: activations, staging buffers, the runtime itself.
+DEFAULT_OVERHEAD_BYTES = 512 << 20
+MAX_DEVICES = 1024
+
+_UNITS = {
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+_GPUS = re.compile(r"(?:(?P<count>\d{1,6})x)?(?P<size>\d{1,12}(?:\.\d{1,6})?)(?P<unit>[A-Za-z]+)")
+
+
+class PlanError(ValueError):
+    """The model cannot be split over the devices as asked; the message says what would fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the plan needs to know of a device.
+
+    Attributes:
+        memory_bytes: what the stage may use of it.
+        speed: relative memory bandwidth; None takes it to be proportional to the memory. All devices or none.
+    """
+
+    memory_bytes: int
+    speed: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """The sizes of a model's parts in bytes.
+
+    Attributes:
+        layers: weights of each layer.
+        input: the token embedding; output: the final norm and the output matrix.
+        shared: what input and output have in common (tied embeddings), held once if one device has both.
+        kv_per_token: keys and values of one token in one layer.
+    """
+
+    layers: tuple[int, ...]
+    input: int
+    output: int
+    shared: int
+    kv_per_token: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, tensors: ModelTensors) -> ModelSize:
+        layers = [tensors.layer_tensors(layer) for layer in range(config.n_layers)]
+        inputs, outputs = tensors.input_tensors(), tensors.output_tensors()
+        return cls(
+            layers=tuple(_nbytes(layer.values()) for layer in layers),
+            input=_nbytes(inputs.values()),
+            output=_nbytes(outputs.values()),
+            shared=_nbytes(info for info in outputs.values() if info in inputs.values()),
+            kv_per_token=(config.n_k + config.n_v) * KV_ELEMENT_BYTES,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage: layers [first, last) on one device.
+
+    Attributes:
+        device: index into the devices given.
+        weight_bytes: of its layers, and of the embedding or the output matrix where it has them.
+        kv_bytes: keys and values of all the tokens asked for.
+        kv_tokens: how many tokens' keys and values would fit beside the weights.
+        free_bytes: left when weights, the tokens asked for, and the overhead are in place.
+    """
+
+    device: int
+    first: int
+    last: int
+    weight_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """A contiguous split of all layers, one stage per device, in order."""
+
+    stages: tuple[StagePlan, ...]
+
+    COLUMNS = ("device", "layers", "weights", "KV cache", "KV tokens that fit", "free")
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that fit into the cache of every stage."""
+        return min(stage.kv_tokens for stage in self.stages)
+
+    def as_rows(self) -> list[tuple[str, ...]]:
+        """A row of text for each stage, under `COLUMNS`."""
+        return [
+            (
+                str(stage.device),
+                f"{stage.first}-{stage.last - 1}",
+                format_bytes(stage.weight_bytes),
+                format_bytes(stage.kv_bytes),
+                f"{stage.kv_tokens:,}",
+                format_bytes(stage.free_bytes),
+            )
+            for stage in self.stages
+        ]
+
+
+def plan_shards(
+    size: ModelSize, devices: Sequence[Device], kv_tokens: int, overhead_bytes: int = DEFAULT_OVERHEAD_BYTES
+) -> ShardPlan:
+    """Split a model over devices, at least one layer on each, the slowest stage as fast as can be.
+
+    Args:
+        size: of the model.
+        devices: in the order of the pipeline.
+        kv_tokens: tokens the cache must hold, of all sequences together.
+        overhead_bytes: what a device needs besides weights and cache.
+
+    Raises:
+        PlanError: there are more devices than layers, or the model or its cache does not fit.
+    """
+    if not devices:
+        raise PlanError("there is no device to put the model on")
+    if len(devices) > len(size.layers):
+        raise PlanError(
+            f"{len(devices)} devices are too many for {len(size.layers)} layers; "
+            f"use at most {len(size.layers)}"
+        )
+    problem = _Problem(size, devices, overhead_bytes)
+    bounds = problem.balance(kv_tokens)
+    if bounds is None:
+        raise PlanError(problem.explain(kv_tokens))
+    return ShardPlan(
+        tuple(problem.stage(i, bounds[i], bounds[i + 1], kv_tokens) for i in range(len(devices)))
+    )
+
+
+def parse_gpus(text: str) -> list[Device]:
+    """Devices from a list such as ``4x16GiB,1x8GiB`` or ``24GiB``.
+
+    Raises:
+        PlanError: the text is not such a list.
+    """
+    devices: list[Device] = []
+    for item in text.split(","):
+        match = _GPUS.fullmatch(item.strip())
+        if match is None or match["unit"] not in _UNITS:
+            raise PlanError(
+                f"{item.strip()!r} is not a number of GPUs and their memory, such as 4x16GiB or 8GiB"
+            )
+        count, memory = int(match["count"] or 1), int(float(match["size"]) * _UNITS[match["unit"]])
+        if not memory or not 0 < count <= MAX_DEVICES - len(devices):
+            raise PlanError(
+                f"{item.strip()!r} must give 1 to {MAX_DEVICES} GPUs, all together, with some memory"
+            )
+        devices += [Device(memory)] * count
+    return devices
+
+
+def format_bytes(nbytes: int) -> str:
+    """A size for people: ``1.50 GiB``, ``-20.0 MiB``."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if abs(nbytes) >= _UNITS[unit]:
+            return f"{nbytes / _UNITS[unit]:.{2 if unit == 'GiB' else 1}f} {unit}"
+    return f"{nbytes} B"
+
+
+class _Problem:
+    """One model over some devices, for any number of cached tokens."""
+
+    def __init__(self, size: ModelSize, devices: Sequence[Device], overhead_bytes: int) -> None:
+        if len({device.speed is None for device in devices}) > 1:
+            raise PlanError("give the speed of every device or of none")
+        self.size = size
+        self.devices = devices
+        self.overhead_bytes = overhead_bytes
+        self.n_layers = len(size.layers)
+        self._weights_before = [0, *accumulate(size.layers)]
+
+    def weight_bytes(self, first: int, last: int) -> int:
+        weights = self._weights_before[last] - self._weights_before[first]
+        has_input, has_output = first == 0, last == self.n_layers
+        weights += self.size.input * has_input + self.size.output * has_output
+        return weights - self.size.shared * (has_input and has_output)
+
+    def free_bytes(self, device: int, first: int, last: int, kv_tokens: int) -> int:
+        kv_bytes = (last - first) * self.size.kv_per_token * kv_tokens
+        used = self.weight_bytes(first, last) + kv_bytes + self.overhead_bytes
+        return self.devices[device].memory_bytes - used
+
+    def stage(self, device: int, first: int, last: int, kv_tokens: int) -> StagePlan:
+        kv_per_token = (last - first) * self.size.kv_per_token
+        return StagePlan(
+            device=device,
+            first=first,
+            last=last,
+            weight_bytes=self.weight_bytes(first, last),
+            kv_bytes=kv_per_token * kv_tokens,
+            kv_tokens=self.free_bytes(device, first, last, 0) // kv_per_token,
+            free_bytes=self.free_bytes(device, first, last, kv_tokens),
+        )
+
+    def load(self, device: int, first: int, last: int, kv_tokens: int) -> tuple[float, float]:
+        """Time of a decode step and used part of the memory, both relative; what the plan keeps small."""
+        read = self._weights_before[last] - self._weights_before[first]
+        read += (last - first) * self.size.kv_per_token * kv_tokens
+        # Of the token embedding a step reads only a few rows; of the output matrix everything.
+        read += self.size.output * (last == self.n_layers)
+        memory = self.devices[device].memory_bytes
+        speed = self.devices[device].speed or memory
+        return read / speed, 1 - self.free_bytes(device, first, last, kv_tokens) / memory
+
+    def balance(self, kv_tokens: int) -> list[int] | None:
+        """The layers' boundaries of the best split, or None if nothing fits.
+
+        Dynamic programming: the best way to put the first `last` layers on the first `device` + 1 devices
+        extends the best way to put some fewer layers on one device less.
+        """
+        best: dict[int, tuple[tuple[float, float], list[int]]] = {0: ((0.0, 0.0), [0])}
+        for device in range(len(self.devices)):
+            extended: dict[int, tuple[tuple[float, float], list[int]]] = {}
+            for first, (load_before, bounds) in best.items():
+                for last in self._ends(device, first):
+                    if self.free_bytes(device, first, last, kv_tokens) < 0:
+                        break
+                    own = self.load(device, first, last, kv_tokens)
+                    load = max(load_before[0], own[0]), max(load_before[1], own[1])
+                    if last not in extended or load < extended[last][0]:
+                        extended[last] = load, [*bounds, last]
+            best = extended
+        return best[self.n_layers][1] if self.n_layers in best else None
+
+    def _ends(self, device: int, first: int) -> range:
+        """Where the device's layers may end: each later device still gets one, the last takes the rest."""
+        devices_after = len(self.devices) - device - 1
+        if devices_after == 0:
+            return range(self.n_layers, self.n_layers + 1)
+        return range(first + 1, self.n_layers - devices_after + 1)
+
+    def explain(self, kv_tokens: int) -> str:
+        """Why `kv_tokens` do not fit, and how many would."""
+        size, count = self.size, len(self.devices)
+        memory = sum(device.memory_bytes for device in self.devices)
+        weights = sum(size.layers) + size.input + size.output - (size.shared if count == 1 else 0)
+        kv_bytes = self.n_layers * size.kv_per_token * kv_tokens
+        needed = (
+            f"the model needs {format_bytes(weights)} for weights, {format_bytes(kv_bytes)} for the keys and "
+            f"values of {kv_tokens:,} tokens, {format_bytes(self.overhead_bytes)} of overhead per device; "
+            f"{count} {'device has' if count == 1 else 'devices have'} {format_bytes(memory)}"
+        )
+        if self.balance(0) is None:
+            least = self._least_memory()
+            return f"{needed}. Not even the weights fit: {count} x {format_bytes(least)} would hold them"
+        fitting = 0
+        for step in reversed([1 << bit for bit in range(kv_tokens.bit_length())]):
+            if self.balance(fitting + step) is not None:
+                fitting += step
+        return f"{needed}. {fitting:,} tokens would fit: shorten the context or run fewer sequences"
+
+    def _least_memory(self) -> int:
+        """The memory with which as many equal devices would hold the weights."""
+        low, high = 0, self.overhead_bytes + self.weight_bytes(0, self.n_layers)
+        while low < high:
+            middle = (low + high) // 2
+            problem = _Problem(self.size, [Device(middle)] * len(self.devices), self.overhead_bytes)
+            if problem.balance(0) is None:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+
+def _nbytes(tensors: Iterable[TensorInfo]) -> int:
+    return sum(info.nbytes for info in tensors)

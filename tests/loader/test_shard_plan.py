@@ -1,0 +1,207 @@
+"""The shard plan against exhaustive search, and what it says when the model does not fit."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.gguf_models import tiny_config, write_model
+
+from loader.gguf_file import GGUFFile
+from loader.model_config import ModelTensors
+from loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, format_bytes, parse_gpus, plan_shards
+
+GIB = 1 << 30
+
+
+def even_model(n_layers: int = 32, layer: int = 100, ends: int = 0) -> ModelSize:
+    return ModelSize((layer,) * n_layers, input=ends, output=ends, shared=0, kv_per_token=4)
+
+
+def stage_bytes(size: ModelSize, first: int, last: int, kv_tokens: int, overhead: int) -> int:
+    total = sum(size.layers[first:last]) + (last - first) * size.kv_per_token * kv_tokens + overhead
+    if first == 0:
+        total += size.input
+    if last == len(size.layers):
+        total += size.output
+        if first == 0:
+            total -= size.shared
+    return total
+
+
+def slowest_step(size: ModelSize, devices: list[Device], bounds: list[int], kv_tokens: int) -> float:
+    times = []
+    for device, (first, last) in zip(devices, itertools.pairwise(bounds), strict=True):
+        read = sum(size.layers[first:last]) + (last - first) * size.kv_per_token * kv_tokens
+        if last == len(size.layers):
+            read += size.output
+        times.append(read / (device.speed or device.memory_bytes))
+    return max(times)
+
+
+def check_plan(
+    plan: ShardPlan, size: ModelSize, devices: list[Device], kv_tokens: int, overhead: int
+) -> None:
+    assert [stage.device for stage in plan.stages] == list(range(len(devices)))
+    assert plan.stages[0].first == 0
+    assert plan.stages[-1].last == len(size.layers)
+    for before, after in itertools.pairwise(plan.stages):
+        assert before.last == after.first
+    for stage, device in zip(plan.stages, devices, strict=True):
+        assert stage.last > stage.first
+        used = stage_bytes(size, stage.first, stage.last, kv_tokens, overhead)
+        assert stage.free_bytes == device.memory_bytes - used >= 0
+        assert stage.weight_bytes + stage.kv_bytes + overhead == used
+        assert stage.kv_tokens >= kv_tokens
+        # One token more than it says does not fit.
+        most = stage_bytes(size, stage.first, stage.last, stage.kv_tokens, overhead)
+        more = stage_bytes(size, stage.first, stage.last, stage.kv_tokens + 1, overhead)
+        assert most <= device.memory_bytes < more
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[ModelSize, list[Device], int, int]:
+    layers = tuple(draw(st.lists(st.integers(1, 50), min_size=1, max_size=7)))
+    output = draw(st.integers(0, 60))
+    size = ModelSize(
+        layers,
+        input=draw(st.integers(0, 60)),
+        output=output,
+        shared=draw(st.integers(0, output)),
+        kv_per_token=draw(st.integers(1, 4)),
+    )
+    speeds = st.integers(1, 5).map(float) if draw(st.booleans()) else st.none()
+    devices = draw(
+        st.lists(st.builds(Device, st.integers(1, 300), speeds), min_size=1, max_size=min(4, len(layers)))
+    )
+    return size, devices, draw(st.integers(0, 20)), draw(st.integers(0, 20))
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_plan_is_the_best_of_all_splits(problem: tuple[ModelSize, list[Device], int, int]) -> None:
+    size, devices, kv_tokens, overhead = problem
+    fitting = []
+    for cuts in itertools.combinations(range(1, len(size.layers)), len(devices) - 1):
+        bounds = [0, *cuts, len(size.layers)]
+        if all(
+            stage_bytes(size, first, last, kv_tokens, overhead) <= device.memory_bytes
+            for device, (first, last) in zip(devices, itertools.pairwise(bounds), strict=True)
+        ):
+            fitting.append(bounds)
+    if not fitting:
+        with pytest.raises(PlanError):
+            plan_shards(size, devices, kv_tokens, overhead)
+        return
+    plan = plan_shards(size, devices, kv_tokens, overhead)
+    check_plan(plan, size, devices, kv_tokens, overhead)
+    bounds = [0, *(stage.last for stage in plan.stages)]
+    best = min(slowest_step(size, devices, candidate, kv_tokens) for candidate in fitting)
+    assert slowest_step(size, devices, bounds, kv_tokens) == pytest.approx(best)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_refusal_names_the_most_tokens_that_fit(problem: tuple[ModelSize, list[Device], int, int]) -> None:
+    size, devices, kv_tokens, overhead = problem
+    try:
+        plan_shards(size, devices, kv_tokens, overhead)
+    except PlanError as error:
+        message = str(error)
+    else:
+        return
+    if "Not even the weights fit" in message:
+        with pytest.raises(PlanError):
+            plan_shards(size, devices, 0, overhead)
+    else:
+        fitting = int(message.split(" tokens would fit")[0].split()[-1].replace(",", ""))
+        plan_shards(size, devices, fitting, overhead)
+        with pytest.raises(PlanError):
+            plan_shards(size, devices, fitting + 1, overhead)
+
+
+def test_equal_devices_share_evenly() -> None:
+    plan = plan_shards(even_model(), [Device(GIB)] * 4, kv_tokens=10, overhead_bytes=0)
+    assert [stage.last - stage.first for stage in plan.stages] == [8, 8, 8, 8]
+
+
+def test_output_matrix_counts_as_work() -> None:
+    plan = plan_shards(even_model(10, ends=400), [Device(GIB)] * 2, kv_tokens=0, overhead_bytes=0)
+    assert [stage.last - stage.first for stage in plan.stages] == [7, 3]
+
+
+def test_small_device_gets_less_and_fast_device_more() -> None:
+    by_memory = plan_shards(even_model(30), [Device(16 * GIB), Device(8 * GIB)], 0, 0)
+    assert [stage.last for stage in by_memory.stages] == [20, 30]
+    by_speed = plan_shards(even_model(30), [Device(GIB, 1.0), Device(GIB, 2.0)], 0, 0)
+    assert [stage.last for stage in by_speed.stages] == [10, 30]
+
+
+def test_memory_outweighs_speed() -> None:
+    size = even_model(10)
+    plan = plan_shards(size, [Device(300, 100.0), Device(2000, 1.0)], 0, 0)
+    assert [stage.last for stage in plan.stages] == [3, 10]
+
+
+def test_tied_embedding_is_held_once_on_one_device_and_twice_on_two() -> None:
+    size = ModelSize((10, 10), input=1000, output=1001, shared=1000, kv_per_token=1)
+    assert plan_shards(size, [Device(2000)], 0, 0).stages[0].weight_bytes == 1021
+    assert [s.weight_bytes for s in plan_shards(size, [Device(2000)] * 2, 0, 0).stages] == [1010, 1011]
+
+
+def test_refusals_say_what_to_do() -> None:
+    with pytest.raises(PlanError, match="5 devices are too many for 2 layers; use at most 2"):
+        plan_shards(even_model(2), [Device(GIB)] * 5, 0)
+    with pytest.raises(PlanError, match="no device"):
+        plan_shards(even_model(2), [], 0)
+    with pytest.raises(PlanError, match="speed of every device or of none"):
+        plan_shards(even_model(2), [Device(GIB), Device(GIB, 1.0)], 0)
+    with pytest.raises(PlanError, match=r"Not even the weights fit: 2 x 1\.6 KiB would hold them"):
+        plan_shards(even_model(32), [Device(1000)] * 2, 0, 0)
+    with pytest.raises(PlanError, match="25 tokens would fit: shorten the context"):
+        plan_shards(even_model(2), [Device(200)] * 2, 100, 0)
+
+
+def test_parse_gpus() -> None:
+    assert parse_gpus("4x16GiB, 1x8GiB") == [Device(16 * GIB)] * 4 + [Device(8 * GIB)]
+    assert parse_gpus("24GB") == [Device(24 * 10**9)]
+    assert parse_gpus("2x1.5GiB") == [Device(3 * GIB // 2)] * 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "4x", "x16GiB", "4x16", "4x16Gi", "0x16GiB", "4x0GiB", "-1x8GiB", "9999x1GiB", "1GiB,,", "nan"],
+)
+def test_parse_gpus_refuses(text: str) -> None:
+    with pytest.raises(PlanError):
+        parse_gpus(text)
+
+
+def test_rows_and_sizes_are_readable() -> None:
+    plan = plan_shards(even_model(4), [Device(GIB), Device(GIB)], 7, 0)
+    assert len(plan.as_rows()) == 2
+    assert all(len(row) == len(ShardPlan.COLUMNS) for row in plan.as_rows())
+    assert plan.as_rows()[1][1] == "2-3"
+    assert plan.kv_tokens == min(stage.kv_tokens for stage in plan.stages)
+    assert [format_bytes(n) for n in (5, 2048, 3 << 20, 3 * GIB // 2)] == [
+        "5 B",
+        "2.0 KiB",
+        "3.0 MiB",
+        "1.50 GiB",
+    ]
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sizes_come_from_the_file(tmp_path: Path, tied: bool) -> None:
+    config = tiny_config("qwen2", tied_embeddings=tied)
+    with GGUFFile.open(write_model(tmp_path / "m.gguf", config)) as file:
+        size = ModelSize.of(config, ModelTensors(config, file))
+        total = sum(info.nbytes for info in file.tensors.values())
+    assert sum(size.layers) + size.input + size.output - size.shared == total
+    assert size.shared == (size.input if tied else 0)
+    assert size.kv_per_token == config.n_kv_heads * (config.head_dim + config.value_dim) * 2
