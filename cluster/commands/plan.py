@@ -1,0 +1,59 @@
+"""``redshard plan``: which layers would go to which GPU, without Ray or a device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import ParameterError
+from loader.gguf_file import GGUFFile
+from loader.model_config import ModelConfig, ModelTensors
+from loader.shard_plan import ModelSize, ShardPlan, parse_gpus, plan_shards
+
+
+def plan(
+    model: Annotated[Path, typer.Argument(help="GGUF file, or any file of a split set.", show_default=False)],
+    gpus: Annotated[
+        str, typer.Option(help="GPUs and their memory, such as 4x16GiB,1x8GiB.", show_default=False)
+    ],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 4096,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences at the same time.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which layers, bytes and cached tokens would go to which GPU, and what would not fit."""
+    devices = parse_gpus(gpus)
+    with GGUFFile.open(model) as file:
+        config = ModelConfig.from_gguf(file)
+        size = ModelSize.of(config, ModelTensors(config, file))
+    if context > config.context_length:
+        raise ParameterError(
+            f"--context {context} exceeds the {config.context_length} tokens {config.name} was made for"
+        )
+    shards = plan_shards(size, devices, kv_tokens=context * sequences)
+    if as_json:
+        print(json.dumps({"kv_tokens": shards.kv_tokens} | asdict(shards), indent=2))
+        return
+    _show(shards, config, context, sequences)
+
+
+def _show(shards: ShardPlan, config: ModelConfig, context: int, sequences: int) -> None:
+    table = Table(
+        title=f"{config.name}: {config.n_layers} layers, {sequences} x {context:,} tokens of context",
+        title_justify="left",
+    )
+    for column in shards.COLUMNS:
+        table.add_column(column, justify="right")
+    for row in shards.as_rows():
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"The cache of every GPU holds up to {shards.kv_tokens:,} tokens: "
+        f"{shards.kv_tokens // context:,} sequences of {context:,}."
+    )
