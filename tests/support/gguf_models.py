@@ -53,6 +53,7 @@ class Vocabulary:
     bos: int
     eos: int
     pre: str = "qwen2"
+    chat_template: str | None = None
 
 
 def byte_symbols() -> list[str]:
@@ -62,19 +63,39 @@ def byte_symbols() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def bpe_vocabulary(
-    merges: Sequence[str], special: Sequence[str] = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
-) -> Vocabulary:
+def bpe_vocabulary(merges: Sequence[str], special: Sequence[str], **others: Any) -> Vocabulary:
     """The bytes, the results of the merges, and special tokens, of which the first two are bos and eos."""
     tokens = byte_symbols() + [merge.replace(" ", "") for merge in merges]
     types = [gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * len(special)
     n = len(tokens)
-    return Vocabulary([*tokens, *special], list(merges), [int(kind) for kind in types], bos=n, eos=n + 1)
+    return Vocabulary([*tokens, *special], list(merges), [int(kind) for kind in types], n, n + 1, **others)
 
 
 TINY_VOCABULARY = bpe_vocabulary(
-    ["t h", "th e", "i n", "a n", "e r", "o n", "r e", "Ġ the", "in g", "o u", "an d", "Ġ and", "l l", "Ġ a"]
+    ["t h", "th e", "i n", "a n", "e r", "o n", "r e", "Ġ the", "in g", "o u", "an d", "Ġ and", "l l", "Ġ a"],
+    ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"],
+    chat_template="{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
 )
+
+
+def large_vocabulary(n_tokens: int, special: Sequence[str], seed: int = 0, **others: Any) -> Vocabulary:
+    """A vocabulary of a real model's size: made-up words of ASCII letters, with the merges that spell them."""
+    rng = np.random.default_rng(seed)
+    words = list("etaoinshrdlucmfwypvbgkjqxzĠ")
+    known = set(words)
+    merges: list[str] = []
+    wanted = n_tokens - 256 - len(special)
+    while len(merges) < wanted:
+        # Words made early are picked often, as in a trained vocabulary.
+        for left, right in rng.random((wanted, 2)) ** 3:
+            first, second = words[int(left * len(words))], words[int(right * len(words))]
+            word = first + second
+            if len(word) <= 12 and word not in known and not second.startswith("Ġ"):
+                words.append(word)
+                known.add(word)
+                merges.append(f"{first} {second}")
+    return bpe_vocabulary(merges[:wanted], special, **others)
 
 
 def tiny_config(architecture: str = "llama", **changes: Any) -> ModelConfig:
@@ -282,6 +303,7 @@ def _metadata(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": vocabulary.bos,
         "tokenizer.ggml.eos_token_id": vocabulary.eos,
         "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": vocabulary.chat_template,
     }
 
 
