@@ -1,7 +1,7 @@
-"""The device contract: what a worker asks of a GPU (or of the CPU), small and synchronous to read, asynchronous to run.
+"""The device contract: what a worker asks of a GPU or of the CPU, synchronous to read, asynchronous to run.
 
-Addresses are plain integers in the device's memory. Every method may raise `DeviceError`. Calls on one stream run in
-order; `synchronize` waits for them. One thread at a time drives a device.
+Addresses are plain integers in the device's memory. Every method may raise `DeviceError`. Calls on one stream
+run in order; `synchronize` waits for them. One thread at a time drives a device.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 
 
 class DeviceError(RuntimeError):
-    """A device call failed: says which call, which error, on which device, with the sizes, and a hint where known."""
+    """A device call failed: says which call, error and device, with the sizes, and a hint where known."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceProperties:
-    """What a device is. Sizes in bytes; ``wave_size`` is the number of lanes that run together (1 on the CPU)."""
+    """What a device is. Sizes in bytes; ``wave_size`` is how many lanes run together (1 on the CPU)."""
 
     name: str
     arch: str
@@ -108,7 +108,7 @@ class Device(ABC):
 
     @abstractmethod
     def synchronize(self, deadline: float | None = None) -> None:
-        """Wait for all work; past `deadline` seconds the process ends, since a hung driver call cannot be cancelled."""
+        """Wait for all work; past `deadline` seconds the process ends: a hung driver call cannot be cancelled."""
 
     @abstractmethod
     def launch(self, kernel: str, arguments: ctypes.Structure, rows: int) -> None:
@@ -117,9 +117,17 @@ class Device(ABC):
         A device may answer with several launches of its own kernels. The argument block is copied.
         """
 
+    def row_buckets(self, max_rows: int) -> tuple[int, ...]:
+        """Row counts worth a recorded graph of their own, ascending; the last is `max_rows`.
+
+        A step replays the graph of the smallest count that holds its rows. One suffices where a kernel recorded for
+        many rows costs no more on few; GPUs, where recording fixes the grid, have powers of two.
+        """
+        return (max_rows,)
+
     @abstractmethod
     def scratch_bytes(self, rows: int, n_heads: int, value_dim: int, max_context: int) -> int:
-        """Bytes of scratch that `attention` wants for steps of up to `rows` tokens over `max_context` positions."""
+        """Scratch that `attention` wants for steps of up to `rows` tokens over `max_context` positions."""
 
     @abstractmethod
     def begin_recording(self) -> None:
@@ -135,7 +143,7 @@ class Device(ABC):
 
     @contextmanager
     def recording(self, graphs: list[Graph]) -> Iterator[None]:
-        """Record the block's launches and append the graph to `graphs`; nothing is appended when the block raises."""
+        """Record the block's launches and append the graph to `graphs`, unless the block raises."""
         self.begin_recording()
         try:
             yield

@@ -1,0 +1,1 @@
+"""One GPU: everything that happens inside a worker; knows nothing of the cluster."""

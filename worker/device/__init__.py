@@ -1,0 +1,1 @@
+"""Devices that a worker can drive, behind one contract."""

@@ -1,0 +1,97 @@
+"""The Ray actor: a `Worker` whose answers can travel between processes.
+
+A plain class; the cluster wraps it by ``ray.remote`` and pins it to its GPU. It does not import Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from worker.configuration import WorkerConfiguration
+from worker.device.choose import DeviceKind, open_device
+from worker.stage import HandoffType
+from worker.step_batch import StepBatch, StepResult
+from worker.step_inputs import StepLimits
+from worker.worker import Worker, WorkerStats
+
+LOG_FORMAT = "%(asctime)s %(levelname)s stage {stage} (pid {pid}): %(message)s"
+
+
+class GpuWorker:
+    """One stage of a pipeline, in a process of its own.
+
+    Args:
+        stage: its number, for the log.
+        kind: of device; see `open_device`.
+        n_threads: of the CPU device.
+        configuration: of the worker.
+        log_level: a level of the logging module.
+
+    Raises:
+        DeviceError: the device cannot be opened.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        kind: DeviceKind = "auto",
+        n_threads: int | None = None,
+        configuration: WorkerConfiguration | None = None,
+        log_level: str = "INFO",
+    ) -> None:
+        logging.basicConfig(
+            level=log_level, format=LOG_FORMAT.format(stage=stage, pid=os.getpid()), force=True
+        )
+        self._progress = (0, 0)
+        self._worker = Worker(open_device(kind, n_threads), configuration)
+
+    def ping(self) -> int:
+        """The process id: proof that the process lives and answers."""
+        return os.getpid()
+
+    def load(
+        self,
+        path: str,
+        first_layer: int,
+        end_layer: int,
+        limits: StepLimits,
+        memory_budget: int | None = None,
+        handoff: HandoffType = "float32",
+    ) -> WorkerStats:
+        """Load layers [first_layer, end_layer); arguments and errors as for `Worker.load`."""
+        return self._worker.load(
+            path,
+            range(first_layer, end_layer),
+            limits,
+            memory_budget=memory_budget,
+            handoff=handoff,
+            progress=self._note_progress,
+        )
+
+    def progress(self) -> tuple[int, int]:
+        """(bytes uploaded, bytes in total); may be called while `load` runs. (0, 0) before it begins."""
+        return self._progress
+
+    def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
+        """One step; as `Stage.run`."""
+        return self._worker.run(batch, hidden)
+
+    def memory_map(self) -> dict[str, Any]:
+        """What is allocated on the device, as plain dicts, lists, numbers and strings."""
+        return self._worker.memory_map().to_dict()
+
+    def stats(self) -> dict[str, Any]:
+        """The fields of `WorkerStats`."""
+        return asdict(self._worker.stats())
+
+    def close(self) -> None:
+        """Free everything on the device. Idempotent."""
+        self._worker.close()
+
+    def _note_progress(self, done: int, total: int) -> None:
+        self._progress = (done, total)

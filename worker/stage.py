@@ -1,0 +1,260 @@
+"""Some layers of a model on one device: recorded once, replayed for every step.
+
+The first stage embeds tokens, the last one samples or gives logits; in between, the residual stream is handed
+over as rows of float32 (or float16). A step is one copy of its inputs, a few graph replays, one copy out and one
+synchronize: no device allocation, and no Python for each operation.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from loader.model_config import ModelConfig
+from loader.rotary import rotary_table
+from worker import ops
+from worker.arguments import MAX_TOP_LOGPROBS
+from worker.device.base import Device, Graph, HostBuffer
+from worker.forward import Arena, ForwardPass, StageWeights, lay_out
+from worker.kv_cache import KVCache, KVCacheLayout, LayerShape
+from worker.memory_pool import GROUP_ALIGNMENT, MemoryPool
+from worker.sampler import SampleOutputs, logits_result
+from worker.step_batch import ADJUSTMENT_DTYPE, StepBatch, StepResult
+from worker.step_inputs import BatchError, InputLayout, StepInputs, StepLimits
+
+HandoffType = Literal["float32", "float16"]
+
+#: A graph for each bucket of rows, ascending.
+Graphs = dict[int, Graph]
+
+
+class Stage:
+    """Layers [first, last) of a model, with their key/value cache.
+
+    Args:
+        pool: of the device with the weights; inputs, activations, rotary table and cache come from it.
+        weights: the stage's tensors on the device.
+        limits: the largest step.
+        freq_factors: float32 (n_rot / 2,), the model's divisors of the rotary frequencies, if it has any.
+        handoff: element type of hidden states between stages.
+
+    Raises:
+        PoolError: the device has no room.
+        DeviceError: the device has no kernel for one of the weights' types, or failed.
+    """
+
+    def __init__(
+        self,
+        pool: MemoryPool,
+        weights: StageWeights,
+        limits: StepLimits,
+        freq_factors: np.ndarray | None = None,
+        handoff: HandoffType = "float32",
+    ) -> None:
+        self.limits = limits
+        self.is_first, self.is_last = weights.is_first, weights.is_last
+        self._pool, self._device, self._config = pool, pool.device, weights.config
+        config = weights.config
+        self._handoff = np.dtype(handoff)
+        self._guard = pool.watchdog.guard("a step", pool.deadlines.step_s)
+        self._outputs = SampleOutputs(limits.max_outputs)
+        self._host_buffers: list[HostBuffer] = []
+        self._layer_graphs: Graphs = {}
+        self._logits_graphs: Graphs = {}
+        self._sample_graphs: dict[int, Graphs] = {}
+
+        self._cache = KVCache(pool, cache_layout(weights, limits), limits.n_kv_blocks)
+        self._rotary = self._upload_rotary(freq_factors)
+        layout = InputLayout(limits)
+        self._input_buffer = pool.allocate("inputs", layout.nbytes)
+        self._input_staging = self._allocate_host(layout.nbytes)
+        self._inputs = StepInputs(layout, self._input_staging.array, config.n_vocab, self._cache)
+        self._arena = pool.allocate("activations", activation_bytes(self._device, weights, limits))
+        arena = Arena(self._arena.address)
+        self._at = lay_out(arena, weights, limits, scratch_bytes(self._device, config, limits))
+        row_nbytes = max(4 * config.n_vocab, self._outputs.nbytes(n_top=1)) if self.is_last else 0
+        self._staging = self._allocate_host(max(4 * limits.max_tokens * config.n_embd, row_nbytes))
+        self._record(weights, layout)
+
+    def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
+        """Run one step and wait for it.
+
+        Args:
+            batch: the step.
+            hidden: (n_tokens, n_embd), what the stage before gave; None on the first stage.
+
+        Returns:
+            Hidden states for the next stage, (n_tokens, n_embd) of the handoff type; or the result.
+
+        Raises:
+            BatchError: the batch contradicts itself or exceeds the limits; nothing was run.
+            DeviceError: the device failed.
+        """
+        with self._guard:
+            nbytes = self._inputs.pack(batch, self.is_last)
+            n_tokens = len(batch.token_ids)
+            self._take_over(hidden, n_tokens)
+            self._device.copy_in(self._input_buffer.address, self._input_staging, nbytes)
+            _replay(self._layer_graphs, n_tokens)
+            return self._finish(batch) if self.is_last else self._hand_off(n_tokens)
+
+    def close(self) -> None:
+        """Release graphs and staging memory. Idempotent; device memory goes with the pool."""
+        for graphs in (self._layer_graphs, self._logits_graphs, *self._sample_graphs.values()):
+            for graph in graphs.values():
+                graph.release()
+            graphs.clear()
+        for buffer in self._host_buffers:
+            self._device.free_host(buffer)
+        self._host_buffers.clear()
+
+    def _allocate_host(self, nbytes: int) -> HostBuffer:
+        buffer = self._device.allocate_host(nbytes)
+        self._host_buffers.append(buffer)
+        return buffer
+
+    def _upload_rotary(self, freq_factors: np.ndarray | None) -> ops.Rotary:
+        rope = self._config.rope
+        table = rotary_table(rope, self.limits.max_context, freq_factors)
+        buffer = self._pool.allocate("rotary table", table.nbytes)
+        self._pool.write(buffer.view(0, table.nbytes), table)
+        return ops.Rotary(buffer.address, rope.n_rot, rope.style == "neox")
+
+    def _record(self, weights: StageWeights, layout: InputLayout) -> None:
+        """Record the layers once for every bucket of rows, and on the last stage what follows them."""
+        config, limits = self._config, self.limits
+        forward = ForwardPass(
+            device=self._device,
+            weights=weights,
+            inputs=layout.addresses(self._input_buffer.address),
+            at=self._at,
+            caches=tuple(
+                ops.LayerCache(self._cache.keys(layer).address, self._cache.values(layer).address)
+                for layer in range(len(weights.layers))
+            ),
+            shape=ops.AttentionShape(
+                n_heads=config.n_heads,
+                n_kv_heads=config.n_kv_heads,
+                head_dim=config.head_dim,
+                value_dim=config.value_dim,
+                block_size=limits.block_size,
+                table_width=limits.table_width,
+            ),
+            rotary=self._rotary,
+        )
+        self._layer_graphs = self._recorded(limits.max_tokens, forward.layers)
+        if self.is_last:
+            self._logits_graphs = self._recorded(limits.max_outputs, forward.logits)
+            sampled = self._outputs.addresses(self._at.sampled)
+            # Ranking a vocabulary takes time: steps that want no most probable tokens have graphs of their own.
+            self._sample_graphs = {
+                n_top: self._recorded(limits.max_outputs, partial(forward.sample, out=sampled, n_top=n_top))
+                for n_top in (0, MAX_TOP_LOGPROBS)
+            }
+
+    def _recorded(self, max_rows: int, launch: Callable[[int], None]) -> Graphs:
+        """One graph for every row count that the device wants a graph of its own for."""
+        graphs: list[Graph] = []
+        buckets = self._device.row_buckets(max_rows)
+        for rows in buckets:
+            with self._device.recording(graphs):
+                launch(rows)
+        return dict(zip(buckets, graphs, strict=True))
+
+    def _take_over(self, hidden: np.ndarray | None, n_tokens: int) -> None:
+        """Bring the residual stream of the stage before onto the device."""
+        if self.is_first != (hidden is None):
+            raise BatchError("hidden states go into every stage but the first")
+        if hidden is None:
+            return
+        expected = (n_tokens, self._config.n_embd)
+        if hidden.shape != expected or hidden.dtype != self._handoff:
+            raise BatchError(
+                f"hidden states are {hidden.dtype} {hidden.shape}, but must be {self._handoff} {expected}"
+            )
+        self._staged(hidden.shape)[:] = hidden
+        self._device.copy_in(self._at.hidden, self._staging, 4 * hidden.size)
+
+    def _hand_off(self, n_tokens: int) -> np.ndarray:
+        shape = (n_tokens, self._config.n_embd)
+        self._copy_out(self._at.hidden, 4 * math.prod(shape))
+        return self._staged(shape).astype(self._handoff)
+
+    def _finish(self, batch: StepBatch) -> StepResult:
+        """Sample the output rows, or read their logits."""
+        n_outputs = len(batch.output_rows)
+        if n_outputs:
+            _replay(self._logits_graphs, n_outputs)
+        if batch.return_logits:
+            return logits_result(batch.step_id, self._read_logits(n_outputs))
+        if n_outputs:
+            _replay(self._sample_graphs[MAX_TOP_LOGPROBS if batch.n_top else 0], n_outputs)
+        # Even without outputs the step has to be waited for.
+        self._copy_out(self._at.sampled, self._outputs.nbytes(batch.n_top))
+        return self._outputs.read(self._staging.array, batch.step_id, n_outputs, batch.n_top)
+
+    def _read_logits(self, n_outputs: int) -> np.ndarray:
+        n_vocab = self._config.n_vocab
+        logits = np.empty((n_outputs, n_vocab), np.float32)
+        at_once = self._staging.array.nbytes // (4 * n_vocab)
+        for start in range(0, n_outputs, at_once):
+            piece = logits[start : start + at_once]
+            self._copy_out(self._at.logits + 4 * n_vocab * start, piece.nbytes)
+            piece[:] = self._staged(piece.shape)
+        return logits
+
+    def _copy_out(self, address: int, nbytes: int) -> None:
+        """Bring a range of the arena into the staging buffer and wait for it, and so for the whole step."""
+        view = self._arena.view(address - self._arena.address, nbytes, alignment=4)
+        self._pool.copy_out(self._staging, view)
+        self._device.synchronize(self._pool.deadlines.step_s)
+
+    def _staged(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The start of the staging buffer as float32 of this shape."""
+        return self._staging.array[: 4 * math.prod(shape)].view(np.float32).reshape(shape)
+
+
+def cache_blocks_in(nbytes: int, device: Device, weights: StageWeights, limits: StepLimits) -> int:
+    """How many cache blocks a stage can have if everything besides its weights may take `nbytes`; 0 if none.
+
+    `limits.n_kv_blocks` is ignored.
+    """
+    one = replace(limits, n_kv_blocks=1)
+    layout = cache_layout(weights, limits)
+    rotary = 4 * weights.config.rope.n_rot * limits.max_context
+    fixed = activation_bytes(device, weights, limits) + rotary + InputLayout(one).nbytes
+    padding = 2 * GROUP_ALIGNMENT * len(weights.layers)
+    # Each token in the cache may also cost an adjustment in the inputs.
+    block = layout.bytes_per_block + ADJUSTMENT_DTYPE.itemsize * limits.block_size
+    return max(0, (nbytes - fixed - padding) // block)
+
+
+def cache_layout(weights: StageWeights, limits: StepLimits) -> KVCacheLayout:
+    """The cache of a stage, one block of it at a time."""
+    config = weights.config
+    shape = LayerShape(config.n_kv_heads, config.head_dim, config.value_dim)
+    return KVCacheLayout((shape,) * len(weights.layers), limits.block_size)
+
+
+def scratch_bytes(device: Device, config: ModelConfig, limits: StepLimits) -> int:
+    """What attention wants besides its inputs and outputs."""
+    return device.scratch_bytes(limits.max_tokens, config.n_heads, config.value_dim, limits.max_context)
+
+
+def activation_bytes(device: Device, weights: StageWeights, limits: StepLimits) -> int:
+    """Bytes of everything that lives no longer than a step."""
+    arena = Arena()
+    lay_out(arena, weights, limits, scratch_bytes(device, weights.config, limits))
+    return arena.nbytes
+
+
+def _replay(graphs: Graphs, rows: int) -> None:
+    """Replay the graph of the smallest bucket that holds `rows`."""
+    buckets = list(graphs)
+    graphs[buckets[bisect_left(buckets, rows)]].replay()

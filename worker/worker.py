@@ -1,0 +1,210 @@
+"""One worker: a device, its memory pool and the stage it runs. Knows nothing of Ray or of other workers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from loader.gguf_file import GGUFFile, TensorInfo
+from loader.model_config import ModelConfig, ModelTensors
+from worker.configuration import WorkerConfiguration
+from worker.device.base import Device
+from worker.forward import StageWeights, stage_extras
+from worker.memory_pool import MemoryMap, MemoryPool
+from worker.packing import PoolError, format_bytes, plan_packing
+from worker.stage import HandoffType, Stage, cache_blocks_in, cache_layout
+from worker.step_batch import StepBatch, StepResult
+from worker.step_inputs import StepLimits
+from worker.upload import Progress, upload
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """What a loaded worker holds and has done.
+
+    Attributes:
+        device: name of the device; kind: "cpu", "hip" or "cuda".
+        first_layer, end_layer: the stage is layers [first_layer, end_layer).
+        n_kv_blocks: blocks of the cache, of `block_size` tokens each.
+        weight_bytes: of the stage's tensors; kv_bytes: of its cache.
+        other_bytes: device memory that is neither: padding, activations, inputs, rotary table.
+        weight_bytes_per_token: weights that one decoded token reads.
+        load_s: seconds that loading took.
+        steps, tokens: steps run and tokens in them since loading.
+        busy_s: seconds spent in steps.
+    """
+
+    device: str
+    kind: str
+    first_layer: int
+    end_layer: int
+    n_kv_blocks: int
+    block_size: int
+    weight_bytes: int
+    kv_bytes: int
+    other_bytes: int
+    weight_bytes_per_token: int
+    load_s: float
+    steps: int
+    tokens: int
+    busy_s: float
+
+
+class Worker:
+    """Drives one device; one thread at a time may use it.
+
+    Args:
+        device: closed together with the worker.
+        configuration: of pool, upload and deadlines.
+    """
+
+    def __init__(self, device: Device, configuration: WorkerConfiguration | None = None) -> None:
+        self.device = device
+        self._configuration = configuration or WorkerConfiguration()
+        self._pool = MemoryPool(device, self._configuration.pool, self._configuration.deadlines)
+        self._stage: Stage | None = None
+        self._stats: WorkerStats | None = None
+        self._steps = self._tokens = 0
+        self._busy_s = 0.0
+
+    def load(
+        self,
+        path: Path | str,
+        layers: range,
+        limits: StepLimits,
+        *,
+        memory_budget: int | None = None,
+        handoff: HandoffType = "float32",
+        progress: Progress | None = None,
+    ) -> WorkerStats:
+        """Upload layers [first, last) of a model and record their steps.
+
+        Args:
+            path: the model; of a split set, any of its files.
+            layers: of this worker. With layer 0 it embeds tokens, with the model's last layer it samples.
+            limits: the largest step. `n_kv_blocks` is the size of the cache; with a budget, the least size.
+            memory_budget: bytes of device memory for this worker: the cache gets what everything else leaves.
+            handoff: element type of hidden states between stages.
+            progress: called with (bytes uploaded, bytes in total).
+
+        Raises:
+            GGUFError, UnsupportedModelError: the file cannot be used.
+            ValueError: the worker is loaded already, or the model has no such layers.
+            PoolError, UploadError, DeviceError: it does not fit, cannot be read, or the device failed.
+        """
+        if self._stage is not None:
+            raise ValueError("this worker has loaded a model already")
+        started = time.monotonic()
+        with GGUFFile.open(path) as file:
+            config = ModelConfig.from_gguf(file)
+            tensors = ModelTensors(config, file)
+            _check_layers(layers, config)
+            freq_factors = _freq_factors(file, tensors)
+        stored = stage_tensors(config, tensors, layers)
+        packing = plan_packing([(info.name, info.nbytes) for info in stored], self._configuration.pool)
+        views = self._pool.allocate_weights(packing)
+        upload(self._pool, stored, views, self._configuration.upload, progress)
+        weights = StageWeights(config, tensors, layers, views)
+        if memory_budget is not None:
+            limits = self._fill(memory_budget, weights, limits)
+        self._stage = Stage(self._pool, weights, limits, freq_factors, handoff)
+        self._stats = self._loaded_stats(stored, weights, limits, time.monotonic() - started)
+        logger.info(
+            "loaded layers %d to %d of %s: %s of weights, %d cache blocks, in %.1f s",
+            layers.start,
+            layers.stop - 1,
+            path,
+            format_bytes(self._stats.weight_bytes),
+            limits.n_kv_blocks,
+            self._stats.load_s,
+        )
+        return self._stats
+
+    def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
+        """One step; as `Stage.run`."""
+        if self._stage is None or self._stats is None:
+            raise ValueError("this worker has not loaded a model")
+        started = time.monotonic()
+        result = self._stage.run(batch, hidden)
+        self._steps += 1
+        self._tokens += len(batch.token_ids)
+        self._busy_s += time.monotonic() - started
+        return result
+
+    def memory_map(self) -> MemoryMap:
+        """What is allocated on the device; makes no device call."""
+        return self._pool.memory_map()
+
+    def stats(self) -> WorkerStats:
+        """Sizes, and work done so far. Raises ValueError before a model is loaded."""
+        if self._stats is None:
+            raise ValueError("this worker has not loaded a model")
+        return replace(self._stats, steps=self._steps, tokens=self._tokens, busy_s=self._busy_s)
+
+    def close(self) -> None:
+        """Wait for the device and free everything. Idempotent."""
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
+        self._pool.close()
+        self.device.close()
+
+    def _fill(self, budget: int, weights: StageWeights, limits: StepLimits) -> StepLimits:
+        """The limits with the largest cache that a budget allows."""
+        left = budget - self._pool.memory_map().allocated_bytes
+        n_blocks = cache_blocks_in(left, self.device, weights, limits)
+        if n_blocks < limits.n_kv_blocks:
+            raise PoolError(
+                f"{format_bytes(budget)} for this worker leave {format_bytes(left)} beside the weights: "
+                f"room for {n_blocks} cache blocks of {limits.block_size} tokens, but at least "
+                f"{limits.n_kv_blocks} are wanted"
+            )
+        return replace(limits, n_kv_blocks=n_blocks)
+
+    def _loaded_stats(
+        self, stored: Iterable[TensorInfo], weights: StageWeights, limits: StepLimits, load_s: float
+    ) -> WorkerStats:
+        nbytes = {info.name: info.nbytes for info in stored}
+        weight_bytes = sum(nbytes.values())
+        kv_bytes = limits.n_kv_blocks * cache_layout(weights, limits).bytes_per_block
+        return WorkerStats(
+            device=self.device.properties.name,
+            kind=self.device.kind,
+            first_layer=weights.layers.start,
+            end_layer=weights.layers.stop,
+            n_kv_blocks=limits.n_kv_blocks,
+            block_size=limits.block_size,
+            weight_bytes=weight_bytes,
+            kv_bytes=kv_bytes,
+            other_bytes=self._pool.memory_map().allocated_bytes - weight_bytes - kv_bytes,
+            weight_bytes_per_token=weights.bytes_per_token(),
+            load_s=load_s,
+            steps=0,
+            tokens=0,
+            busy_s=0.0,
+        )
+
+
+def stage_tensors(config: ModelConfig, tensors: ModelTensors, layers: range) -> list[TensorInfo]:
+    """The tensors of layers [first, last), and of the model's ends where the stage has them, each once."""
+    groups = [tensors.layer_tensors(layer) for layer in layers]
+    groups.append(stage_extras(tensors, layers.start == 0, layers.stop == config.n_layers))
+    return list({info.name: info for group in groups for info in group.values()}.values())
+
+
+def _check_layers(layers: range, config: ModelConfig) -> None:
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.n_layers:
+        raise ValueError(f"{layers} is not a range of the model's layers 0 to {config.n_layers - 1}")
+
+
+def _freq_factors(file: GGUFFile, tensors: ModelTensors) -> np.ndarray | None:
+    if tensors.rope_freqs is None:
+        return None
+    return file.tensor_bytes(tensors.rope_freqs.name).view(np.float32).copy()
