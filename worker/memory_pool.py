@@ -4,7 +4,8 @@ driver.
 Lifetimes. A `Buffer` is one device allocation; only the pool frees it. A `View` is a range of a buffer: it
 owns nothing, keeps its buffer alive, and has no way to free anything. While views of a buffer exist, freeing
 the buffer or closing the pool is refused with a `PoolError` that names them. Once a buffer is freed, asking
-it or a view of it for an address raises `PoolError`, so no call reaches freed memory through the pool.
+it or a view of it for an address raises `PoolError`, so no call reaches freed memory through the pool. The
+end of a `with` block over a pool frees everything, and its views with it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import TracebackType
@@ -227,7 +229,8 @@ class MemoryPool:
                 buffers.append(self._allocate(name, segment.nbytes, segment.placements))
         except BaseException:
             for buffer in buffers:
-                self._free(buffer)
+                with suppress(DeviceError):  # the first error says more
+                    self._free(buffer)
             raise
         views: dict[str, View] = {}
         for buffer in buffers:
@@ -262,10 +265,8 @@ class MemoryPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """`close`; but when the block raised, views that its frames still hold become unusable instead."""
-        if kind is None:
-            self.close()
-        elif not self._closed:
+        """Free everything; views that are alive become unusable."""
+        if not self._closed:
             self._revoke()
 
     # Reading and writing
@@ -365,9 +366,9 @@ class MemoryPool:
         policy = self.settings.readback
         if policy == "direct":
             return "direct: configured"
-        self._bounce = self._allocate("readback", _TRANSFER_BYTES, ())
+        self._bounce = self.allocate("readback", _TRANSFER_BYTES)
         if policy != "probe":
-            return f"bounce: {policy} configured"
+            return "bounce: configured"
         with self.watchdog.guard(f"probing readback ({_PROBE_BYTES} bytes of a view)", self.deadlines.copy_s):
             failure = self._probe(self._bounce.address + self._bounce.nbytes - _PROBE_BYTES)
         if failure:

@@ -12,6 +12,8 @@ import numpy as np
 from worker.device.base import Device, DeviceError, DeviceProperties, Event, Graph, HostBuffer
 
 ALIGNMENT = 256
+#: The rest of a larger allocation is not touched, so that it may be larger than this machine's memory.
+_POISONED_BYTES = 16 << 20
 
 
 class FakeDevice(Device):
@@ -194,7 +196,8 @@ class _FakeGraph(Graph):
 
 
 def _aligned_memory(nbytes: int) -> tuple[int, np.ndarray]:
-    storage = np.full(nbytes + ALIGNMENT, 0xA5, np.uint8)
+    storage = np.empty(nbytes + ALIGNMENT, np.uint8)
+    storage[:_POISONED_BYTES] = 0xA5
     start = -storage.ctypes.data % ALIGNMENT
     array = storage[start : start + nbytes]
     return array.ctypes.data, array
