@@ -69,4 +69,7 @@ class ThreadPool {
   std::size_t workspace_bytes_ = 0;
 };
 
+// How many rows of `width` simple element operations are worth handing to another thread.
+constexpr i64 rows_per_chunk(i64 width) { return width >= 8192 ? 1 : 8192 / width; }
+
 }  // namespace redshard
