@@ -3,15 +3,18 @@
 //
 // Every target's prelude defines
 //   KERNEL(name, threads)     declares an extern "C" kernel with workgroups of at most `threads` work-items
-//   DEVICE                    marks a function that runs on the device
-//   SHARED                    marks a variable in local data share / shared memory
+//   DEVICE                    marks a function that runs on the device (DEVICE_METHOD and DEVICE_MEMBER: a
+//                             method and a static member function)
+//   SHARED                    marks a variable in local data share / shared memory, 16-byte aligned
 //   WAVE                      lanes that run together: 64 on CDNA and gfx906, 32 on RDNA and NVIDIA
 //   thread_index() group_x() group_y() group_z() groups_x()
 //   barrier()                 of the workgroup; orders SHARED accesses
+//   wave_barrier()            of the wave; orders its lanes' accesses to memory
 //   lane_read(v, lane)        a lane's value of v, for 32-bit v, all lanes active
 //   dot4(a, b, c)             c + the sum of four products of signed bytes
 //   half_to_float, float_to_half (round to nearest even), exp2_fast, reciprocal_square_root, reciprocal
-//   Tile16: a 16 x 16 float32 product over 16 float16 elements on the matrix unit (see there)
+//   Tile16: a 16 x 16 float32 product over 16 float16 elements on the matrix unit (see there); its operands are in
+//   registers (OPERANDS_IN_REGISTERS) or stay where they are
 #pragma once
 #include "common/types.h"
 

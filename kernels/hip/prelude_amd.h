@@ -3,7 +3,9 @@
 #pragma once
 
 #define DEVICE __attribute__((device)) static
-#define SHARED __attribute__((shared))
+#define DEVICE_METHOD __attribute__((device))
+#define DEVICE_MEMBER __attribute__((device)) static
+#define SHARED __attribute__((shared, aligned(16)))
 #define KERNEL(name, threads) \
   extern "C" __attribute__((global, amdgpu_flat_work_group_size(1, threads))) void name
 
@@ -24,6 +26,12 @@ DEVICE inline void barrier() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+DEVICE inline void wave_barrier() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
 }
 
 DEVICE inline i32 lane_read(i32 v, i32 lane) { return __builtin_amdgcn_ds_bpermute(lane << 2, v); }
@@ -54,6 +62,12 @@ typedef _Float16 Halves8 __attribute__((ext_vector_type(8)));
 typedef _Float16 Halves16 __attribute__((ext_vector_type(16)));
 
 struct Tile16 { float value[256 / WAVE]; };
+
+#if defined(HAS_MFMA) || defined(HAS_WMMA)
+constexpr bool OPERANDS_IN_REGISTERS = true;
+#else
+constexpr bool OPERANDS_IN_REGISTERS = false;
+#endif
 
 #if defined(HAS_MFMA)
 typedef Halves4 TileOperand;

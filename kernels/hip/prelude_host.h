@@ -5,8 +5,10 @@
 #include <cstring>
 
 #define DEVICE static
+#define DEVICE_METHOD
+#define DEVICE_MEMBER static
 // All work-items of a workgroup run on one thread, so one copy a thread is one copy a workgroup.
-#define SHARED static thread_local
+#define SHARED alignas(16) static thread_local
 #define KERNEL(name, threads) extern "C" void name
 
 #ifndef HOST_WAVE
@@ -19,6 +21,7 @@ struct Fiber {
 };
 extern thread_local const Fiber* current_fiber;
 extern void fiber_barrier();
+extern void fiber_wave_barrier();
 extern i32 fiber_lane_read(i32 v, i32 lane);
 
 static inline i32 thread_index() { return current_fiber->thread; }
@@ -26,6 +29,7 @@ static inline i32 group_x() { return current_fiber->group[0]; }
 static inline i32 group_y() { return current_fiber->group[1]; }
 static inline i32 group_z() { return current_fiber->group[2]; }
 static inline void barrier() { fiber_barrier(); }
+static inline void wave_barrier() { fiber_wave_barrier(); }
 static inline i32 lane_read(i32 v, i32 lane) { return fiber_lane_read(v, lane); }
 
 static inline i32 dot4(i32 a, i32 b, i32 c) {
@@ -49,6 +53,8 @@ static inline float reciprocal(float x) { return 1.0f / x; }
 static inline float reciprocal_square_root(float x) { return 1.0f / sqrtf(x); }
 static inline float round_even(float x) { return nearbyintf(x); }
 static inline float absolute(float x) { return fabsf(x); }
+
+constexpr bool OPERANDS_IN_REGISTERS = false;
 
 // Tile16 without a matrix unit: every lane computes its own elements.
 struct Tile16 { float value[256 / WAVE]; };

@@ -3,7 +3,9 @@
 #pragma once
 
 #define DEVICE __device__ static
-#define SHARED __shared__
+#define DEVICE_METHOD __device__
+#define DEVICE_MEMBER __device__ static
+#define SHARED __shared__ __align__(16)
 #define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
 
 constexpr i32 WAVE = 32;
@@ -14,6 +16,8 @@ DEVICE inline i32 group_y() { return (i32)blockIdx.y; }
 DEVICE inline i32 group_z() { return (i32)blockIdx.z; }
 
 DEVICE inline void barrier() { __syncthreads(); }
+
+DEVICE inline void wave_barrier() { __syncwarp(); }
 
 DEVICE inline i32 lane_read(i32 v, i32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 
@@ -59,6 +63,8 @@ DEVICE inline float round_even(float x) {
   return y;
 }
 DEVICE inline float absolute(float x) { return x < 0 ? -x : x; }
+
+constexpr bool OPERANDS_IN_REGISTERS = true;
 
 // Tile16: c[16 x 16] += a[16 x 16] b[16 x 16]^T on the matrix unit, all 16-bit floats with float32 sums. Row i of `a` and of
 // `b` are 16 consecutive float16 in shared memory, 16-byte aligned; rows lie `stride` elements apart.

@@ -1,0 +1,146 @@
+// Weights as a GPU reads them: chunks of groups of 16 elements, w = scale * q + minimum, with q packed four to a word.
+//
+// A matrix lies in planes: of each kind of field (quants, scales, ...) the values of all blocks one after another, in the
+// order of the blocks, so that a lane loads 16 aligned bytes at a time. Blocks whose fields are aligned as they stand
+// (Q4_K) are left alone. `split_planes` makes the planes at upload. Bytes in all stay the same.
+#pragma once
+#include "common/arguments.h"
+#include "hip/prelude.h"
+#include "common/blocks.h"
+
+
+template <i32 GROUPS_>
+struct Chunk {
+  static constexpr i32 GROUPS = GROUPS_;
+  i32 word[GROUPS][4];      // 16 signed bytes, first element lowest
+  float scale[GROUPS];
+  float minimum[GROUPS];    // the same for both halves of a block of 32; unread where Format::MINIMUM is false
+};
+
+// Per format: how many elements one lane takes, whether there is a minimum, how to load chunk number `chunk` of a row, and
+// where in the row group g of that chunk begins. Chunks come in order: those of 128 neighbouring elements stand together.
+template <i32 type> struct Format;
+
+DEVICE inline const u8* bytes_of(const Matrix& w) { return (const u8*)w.data; }
+DEVICE inline Words4 load16(const u8* p) { return *(const Words4*)p; }
+DEVICE inline f16_bits load_half(const u8* p) { return *(const f16_bits*)p; }
+
+DEVICE inline float signed_byte(i32 word, i32 i) { return (float)(i32)(i8)(word >> (8 * i)); }
+
+// Bytes 0..63 minus 32, as signed bytes; no borrow crosses a byte.
+DEVICE inline i32 minus_32(u32 bytes) { return (i32)(((bytes | 0x80808080u) - 0x20202020u) ^ 0x80808080u); }
+
+template <> struct Format<TYPE_Q8_0> {
+  static constexpr i32 ELEMENTS = 16;
+  static constexpr bool MINIMUM = false;
+  DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk * 16 + g * 16; }
+  using Loaded = Chunk<1>;
+  DEVICE_MEMBER Chunk<1> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
+    const i64 n_blocks = (i64)w.n_rows * (width / 32);
+    const i64 block = (i64)row * (width / 32) + chunk / 2;
+    Chunk<1> c;
+    const Words4 q = load16(bytes_of(w) + block * 32 + (chunk % 2) * 16);
+#pragma unroll
+    for (i32 i = 0; i < 4; i++) c.word[0][i] = (i32)q.word[i];
+    c.scale[0] = half_to_float(load_half(bytes_of(w) + n_blocks * 32 + block * 2));
+    return c;
+  }
+};
+
+template <> struct Format<TYPE_Q4_0> {
+  static constexpr i32 ELEMENTS = 32;
+  static constexpr bool MINIMUM = true;
+  DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk * 32 + g * 16; }
+  using Loaded = Chunk<2>;
+  DEVICE_MEMBER Chunk<2> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
+    const i64 n_blocks = (i64)w.n_rows * (width / 32);
+    const i64 block = (i64)row * (width / 32) + chunk;
+    const Words4 q = load16(bytes_of(w) + block * 16);
+    const float scale = half_to_float(load_half(bytes_of(w) + n_blocks * 16 + block * 2));
+    Chunk<2> c;
+#pragma unroll
+    for (i32 g = 0; g < 2; g++) {
+#pragma unroll
+      for (i32 i = 0; i < 4; i++) c.word[g][i] = (i32)((q.word[i] >> (4 * g)) & 0x0f0f0f0fu);
+      c.scale[g] = scale;
+      c.minimum[g] = -8.0f * scale;
+    }
+    return c;
+  }
+};
+
+// Scale and minimum number j of the eight that a Q4_K block packs into 12 bytes, 6 bits each.
+DEVICE inline void unpack_scale_minimum(const u32 (&packed)[3], i32 j, i32& scale, i32& minimum) {
+  const i32 shift = 8 * (j % 4);
+  const u32 low = packed[0] >> shift, mid = packed[1] >> shift, high = packed[2] >> shift;
+  scale = j < 4 ? low & 63 : (high & 15) | ((low >> 2) & 48);
+  minimum = j < 4 ? mid & 63 : ((high >> 4) & 15) | ((mid >> 2) & 48);
+}
+
+// Block of 256: d, dmin (float16), 12 bytes of scales and minima, 128 bytes of quants; 32 bytes hold the low nibbles of
+// one group of 32 elements and the high nibbles of the next. A lane takes 16 of those bytes.
+template <> struct Format<TYPE_Q4_K> {
+  static constexpr i32 ELEMENTS = 32;
+  static constexpr bool MINIMUM = true;
+  DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk / 2 * 64 + g * 32 + chunk % 2 * 16; }
+  using Loaded = Chunk<2>;
+  DEVICE_MEMBER Chunk<2> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
+    const u8* block = bytes_of(w) + ((i64)row * (width / 256) + chunk / 8) * 144;
+    const i32 pair = (chunk % 8) / 2, half = chunk % 2;
+    const Words4 head = load16(block);
+    const Words4 q = load16(block + 16 + pair * 32 + half * 16);
+    const float d = half_to_float((f16_bits)head.word[0]), dmin = half_to_float((f16_bits)(head.word[0] >> 16));
+    const u32 packed[3] = {head.word[1], head.word[2], head.word[3]};
+    Chunk<2> c;
+#pragma unroll
+    for (i32 g = 0; g < 2; g++) {
+      i32 scale, minimum;
+      unpack_scale_minimum(packed, 2 * pair + g, scale, minimum);
+#pragma unroll
+      for (i32 i = 0; i < 4; i++) c.word[g][i] = (i32)((q.word[i] >> (4 * g)) & 0x0f0f0f0fu);
+      c.scale[g] = d * (float)scale;
+      c.minimum[g] = -dmin * (float)minimum;
+    }
+    return c;
+  }
+};
+
+// Block of 256: low 4 bits (128 bytes), high 2 bits (64), a signed scale for each 16 elements (16), d (float16), each field
+// in a plane of its own. 64 + 32 bytes hold 128 elements; a lane takes 16 places of each 32, so 64 elements.
+template <> struct Format<TYPE_Q6_K> {
+  static constexpr i32 ELEMENTS = 64;
+  static constexpr bool MINIMUM = false;
+  DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk / 2 * 128 + g * 32 + chunk % 2 * 16; }
+  using Loaded = Chunk<4>;
+  DEVICE_MEMBER Chunk<4> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
+    const i64 n_blocks = (i64)w.n_rows * (width / 256);
+    const i64 block = (i64)row * (width / 256) + chunk / 4;
+    const i32 part = (chunk % 4) / 2, half = chunk % 2;   // which 128 elements, which 16 of each 32
+    const u8* low = bytes_of(w) + block * 128 + part * 64 + half * 16;
+    const u8* high = bytes_of(w) + n_blocks * 128 + block * 64 + part * 32 + half * 16;
+    const u8* scales = bytes_of(w) + n_blocks * 192 + block * 16 + part * 8 + half;
+    const float d = half_to_float(load_half(bytes_of(w) + n_blocks * 208 + block * 2));
+    const Words4 a = load16(low), b = load16(low + 32), h = load16(high);
+    Chunk<4> c;
+#pragma unroll
+    for (i32 g = 0; g < 4; g++) {
+#pragma unroll
+      for (i32 i = 0; i < 4; i++) {
+        const u32 four = ((g % 2 ? b : a).word[i] >> (4 * (g / 2))) & 0x0f0f0f0fu;
+        c.word[g][i] = minus_32(four | (((h.word[i] >> (2 * g)) & 0x03030303u) << 4));
+      }
+      c.scale[g] = d * (float)(i8)scales[2 * g];
+    }
+    return c;
+  }
+};
+
+// Matrices of floats: one element, as float32.
+template <i32 type>
+DEVICE inline float float_weight(const Matrix& w, i64 index) {
+  if constexpr (type == TYPE_F32) return ((const float*)w.data)[index];
+  if constexpr (type == TYPE_F16) return half_to_float(((const f16_bits*)w.data)[index]);
+  return __builtin_bit_cast(float, (u32)((const u16*)w.data)[index] << 16);   // TYPE_BF16
+}
+
+constexpr bool is_quantized(i32 type) { return type != TYPE_F32 && type != TYPE_F16 && type != TYPE_BF16; }

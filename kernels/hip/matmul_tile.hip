@@ -1,0 +1,265 @@
+// Products of many rows of activations with weight matrices, on the matrix unit: a workgroup stages 128 columns of some rows
+// of weights and of activations as float16 in shared memory, multiplies them, and meanwhile loads the next 128 columns.
+// Quantized weights meet activations of 8 bits, as in matmul_vector.hip. Compiled once for every WEIGHT_TYPE a model has.
+#include "common/arguments.h"
+#include "hip/formats.h"
+#include "hip/quantize.h"
+
+constexpr i32 TILE_THREADS = 256;
+constexpr i32 TILE_WAVES = TILE_THREADS / WAVE;
+constexpr i32 DEPTH = 128;              // columns staged at a time
+constexpr i32 STRIDE = DEPTH + 8;       // float16 elements between staged rows: keeps 16-byte alignment, spreads banks
+
+struct alignas(16) Halves8Bits { f16_bits half[8]; };
+
+// 16 neighbouring elements to shared memory.
+DEVICE inline void stage16(f16_bits* destination, const float (&value)[16]) {
+#pragma unroll
+  for (i32 h = 0; h < 2; h++) {
+    Halves8Bits v;
+#pragma unroll
+    for (i32 i = 0; i < 8; i++) v.half[i] = float_to_half(value[8 * h + i]);
+    *(Halves8Bits*)(destination + 8 * h) = v;
+  }
+}
+
+// What a thread holds of the next 128 columns of ROWS rows of weights, until shared memory is free for them.
+template <i32 type, i32 ROWS, bool = is_quantized(type)>
+struct WeightStage {
+  using Weights = Format<type>;
+  static constexpr i32 PER_ROW = DEPTH / Weights::ELEMENTS;
+  static constexpr i32 COUNT = (ROWS * PER_ROW + TILE_THREADS - 1) / TILE_THREADS;
+  typename Weights::Loaded chunk[COUNT];
+  bool inside[COUNT];
+
+  DEVICE_METHOD void load(const Matrix& w, i32 width, i32 first, i32 stage) {
+#pragma unroll
+    for (i32 n = 0; n < COUNT; n++) {
+      const i32 i = thread_index() + n * TILE_THREADS, row = first + i / PER_ROW, c = stage * PER_ROW + i % PER_ROW;
+      inside[n] = i < ROWS * PER_ROW && row < w.n_rows && c * Weights::ELEMENTS < width;
+      if (inside[n]) chunk[n] = Weights::load(w, width, row, c);
+    }
+  }
+
+  DEVICE_METHOD void store(f16_bits* staged) const {
+#pragma unroll
+    for (i32 n = 0; n < COUNT; n++) {
+      const i32 i = thread_index() + n * TILE_THREADS;
+      if (i >= ROWS * PER_ROW) continue;
+#pragma unroll
+      for (i32 g = 0; g < Weights::Loaded::GROUPS; g++) {
+        float value[16];
+#pragma unroll
+        for (i32 k = 0; k < 16; k++) {
+          value[k] = chunk[n].scale[g] * signed_byte(chunk[n].word[g][k / 4], k % 4);
+          if (Weights::MINIMUM) value[k] += chunk[n].minimum[g];
+          if (!inside[n]) value[k] = 0.0f;
+        }
+        stage16(staged + (i / PER_ROW) * STRIDE + Weights::position(i % PER_ROW, g), value);
+      }
+    }
+  }
+};
+
+template <i32 type, i32 ROWS>
+struct WeightStage<type, ROWS, false> {
+  static constexpr i32 PER_ROW = DEPTH / 16;
+  static constexpr i32 COUNT = (ROWS * PER_ROW + TILE_THREADS - 1) / TILE_THREADS;
+  float value[COUNT][16];
+
+  DEVICE_METHOD void load(const Matrix& w, i32 width, i32 first, i32 stage) {
+#pragma unroll
+    for (i32 n = 0; n < COUNT; n++) {
+      const i32 i = thread_index() + n * TILE_THREADS, row = first + i / PER_ROW, k = stage * DEPTH + i % PER_ROW * 16;
+#pragma unroll
+      for (i32 j = 0; j < 16; j++)
+        value[n][j] = i < ROWS * PER_ROW && row < w.n_rows && k + j < width ? float_weight<type>(w, (i64)row * width + k + j) : 0.0f;
+    }
+  }
+
+  DEVICE_METHOD void store(f16_bits* staged) const {
+#pragma unroll
+    for (i32 n = 0; n < COUNT; n++) {
+      const i32 i = thread_index() + n * TILE_THREADS;
+      if (i < ROWS * PER_ROW) stage16(staged + (i / PER_ROW) * STRIDE + i % PER_ROW * 16, value[n]);
+    }
+  }
+};
+
+// The same for activations: 8-bit blocks for quantized weights, float32 for float weights. Rows from n on are zero.
+template <i32 TOKENS, bool quantized>
+struct ActivationStage {
+  static constexpr i32 PER_ROW = DEPTH / 16;
+  static constexpr i32 COUNT = (TOKENS * PER_ROW + TILE_THREADS - 1) / TILE_THREADS;
+  Words4 quants[COUNT];
+  float scale[COUNT];
+  float value[quantized ? 1 : COUNT][16];
+
+  DEVICE_METHOD void load(const Activation& x, i32 width, i32 first, i32 n_rows, i32 stage) {
+#pragma unroll
+    for (i32 n = 0; n < COUNT; n++) {
+      const i32 i = thread_index() + n * TILE_THREADS, row = first + i / PER_ROW, k = stage * DEPTH + i % PER_ROW * 16;
+      const bool inside = i < TOKENS * PER_ROW && row < n_rows && k < width;
+      if constexpr (quantized) {
+        scale[n] = inside ? x.scales[(i64)row * (width / 32) + k / 32] : 0.0f;
+        if (inside) quants[n] = load16((const u8*)x.quants + (i64)row * width + k);
+      } else {
+#pragma unroll
+        for (i32 j = 0; j < 16; j++) value[n][j] = inside && k + j < width ? x.values[(i64)row * width + k + j] : 0.0f;
+      }
+    }
+  }
+
+  DEVICE_METHOD void store(f16_bits* staged) const {
+#pragma unroll
+    for (i32 n = 0; n < COUNT; n++) {
+      const i32 i = thread_index() + n * TILE_THREADS;
+      if (i >= TOKENS * PER_ROW) continue;
+      f16_bits* destination = staged + (i / PER_ROW) * STRIDE + i % PER_ROW * 16;
+      if constexpr (quantized) {
+        float v[16];
+#pragma unroll
+        for (i32 k = 0; k < 16; k++) v[k] = scale[n] == 0.0f ? 0.0f : scale[n] * signed_byte((i32)quants[n].word[k / 4], k % 4);
+        stage16(destination, v);
+      } else {
+        stage16(destination, value[n]);
+      }
+    }
+  }
+};
+
+// One workgroup's TOKENS x ROWS results: waves share the 16 x 16 tiles of the grid evenly, each a block of neighbours.
+template <i32 TOKENS, i32 ROWS>
+struct TileGrid {
+  static constexpr i32 WAVES_ACROSS = ROWS / 16 < TILE_WAVES / 2 ? ROWS / 16 : TILE_WAVES / 2;   // over rows of weights
+  static constexpr i32 WAVES_DOWN = TILE_WAVES / WAVES_ACROSS;                                    // over tokens
+  static_assert(TOKENS / 16 % WAVES_DOWN == 0 && ROWS / 16 % WAVES_ACROSS == 0, "every wave has the same share");
+  static constexpr i32 DOWN = TOKENS / 16 / WAVES_DOWN, ACROSS = ROWS / 16 / WAVES_ACROSS;
+  Tile16 tile[DOWN][ACROSS];
+
+  DEVICE_MEMBER i32 token(i32 d) { return (wave_index() / WAVES_ACROSS * DOWN + d) * 16; }
+  DEVICE_MEMBER i32 row(i32 a) { return (wave_index() % WAVES_ACROSS * ACROSS + a) * 16; }
+
+  DEVICE_METHOD void clear() {
+#pragma unroll
+    for (i32 d = 0; d < DOWN; d++)
+#pragma unroll
+      for (i32 a = 0; a < ACROSS; a++)
+#pragma unroll
+        for (i32 i = 0; i < 256 / WAVE; i++) tile[d][a].value[i] = 0.0f;
+  }
+
+  DEVICE_METHOD void multiply(const f16_bits* x, const f16_bits* w) {
+#pragma unroll
+    for (i32 k = 0; k < DEPTH; k += 16) {
+      TileOperand left[DOWN];
+#pragma unroll
+      for (i32 d = 0; d < DOWN; d++) left[d] = tile_operand(x + token(d) * STRIDE + k, STRIDE);
+#pragma unroll
+      for (i32 a = 0; a < ACROSS; a++) {
+        const TileOperand right = tile_operand(w + row(a) * STRIDE + k, STRIDE);
+#pragma unroll
+        for (i32 d = 0; d < DOWN; d++) tile_multiply(tile[d][a], left[d], right);
+      }
+    }
+  }
+};
+
+// y = x w^T for one block of TOKENS x ROWS.
+template <i32 type, i32 TOKENS, i32 ROWS>
+DEVICE inline void matmul_tile(const MatmulArguments& a) {
+  SHARED f16_bits staged_x[TOKENS * STRIDE];
+  SHARED f16_bits staged_w[ROWS * STRIDE];
+  const i32 n = a.over_outputs ? a.step->n_outputs : a.step->n_tokens;
+  const i32 first_token = group_y() * TOKENS;
+  if (first_token >= n) return;
+  i32 group = group_x(), m = 0;
+  while (m < a.n_matrices - 1 && group >= (a.w[m].n_rows + ROWS - 1) / ROWS) group -= (a.w[m++].n_rows + ROWS - 1) / ROWS;
+  const Matrix& w = a.w[m];
+  const i32 first_row = group * ROWS;
+
+  WeightStage<type, ROWS> weights;
+  ActivationStage<TOKENS, is_quantized(type)> activations;
+  TileGrid<TOKENS, ROWS> grid;
+  grid.clear();
+  const i32 n_stages = (a.width + DEPTH - 1) / DEPTH;
+  weights.load(w, a.width, first_row, 0);
+  activations.load(a.x, a.width, first_token, n, 0);
+  for (i32 stage = 0; stage < n_stages; stage++) {
+    weights.store(staged_w);
+    activations.store(staged_x);
+    barrier();
+    if (stage + 1 < n_stages) {
+      weights.load(w, a.width, first_row, stage + 1);
+      activations.load(a.x, a.width, first_token, n, stage + 1);
+    }
+    grid.multiply(staged_x, staged_w);
+    barrier();
+  }
+
+#pragma unroll
+  for (i32 d = 0; d < grid.DOWN; d++)
+#pragma unroll
+    for (i32 c = 0; c < grid.ACROSS; c++)
+#pragma unroll
+      for (i32 i = 0; i < 256 / WAVE; i++) {
+        const i32 token = first_token + grid.token(d) + tile_row(i), row = first_row + grid.row(c) + tile_column(i);
+        if (token >= n || row >= w.n_rows) continue;
+        float* y = a.y[m] + (i64)token * w.n_rows + row;
+        *y = (a.accumulate ? *y : 0.0f) + (grid.tile[d][c].value[i] + (w.bias ? w.bias[row] : 0.0f));
+      }
+}
+
+// silu(x gate^T) * (x up^T) for one block of TOKENS x ROWS, quantized where the next product wants it.
+template <i32 type, i32 TOKENS, i32 ROWS>
+DEVICE inline void swiglu_tile(const SwigluArguments& a) {
+  SHARED f16_bits staged[(TOKENS + 2 * ROWS) * STRIDE];
+  f16_bits *staged_x = staged, *staged_gate = staged + TOKENS * STRIDE, *staged_up = staged_gate + ROWS * STRIDE;
+  const i32 n = a.step->n_tokens, n_rows = a.gate.n_rows;
+  const i32 first_token = group_y() * TOKENS, first_row = group_x() * ROWS;
+  if (first_token >= n) return;
+
+  WeightStage<type, ROWS> gate, up;
+  ActivationStage<TOKENS, is_quantized(type)> activations;
+  TileGrid<TOKENS, ROWS> gate_grid, up_grid;
+  gate_grid.clear();
+  up_grid.clear();
+  const i32 n_stages = (a.width + DEPTH - 1) / DEPTH;
+  for (i32 stage = 0; stage < n_stages; stage++) {
+    gate.load(a.gate, a.width, first_row, stage);
+    up.load(a.up, a.width, first_row, stage);
+    activations.load(a.x, a.width, first_token, n, stage);
+    gate.store(staged_gate);
+    up.store(staged_up);
+    activations.store(staged_x);
+    barrier();
+    gate_grid.multiply(staged_x, staged_gate);
+    up_grid.multiply(staged_x, staged_up);
+    barrier();
+  }
+
+  // The results pass through shared memory, so that 32 lanes hold the 32 elements of a block.
+  static_assert(TOKENS * ROWS * sizeof(float) <= sizeof(staged), "results fit where the operands were");
+  float* hidden = (float*)staged;
+#pragma unroll
+  for (i32 d = 0; d < gate_grid.DOWN; d++)
+#pragma unroll
+    for (i32 c = 0; c < gate_grid.ACROSS; c++)
+#pragma unroll
+      for (i32 i = 0; i < 256 / WAVE; i++) {
+        const i32 row = first_row + gate_grid.row(c) + tile_column(i), bias = row < n_rows ? row : 0;
+        const float g = gate_grid.tile[d][c].value[i] + (a.gate.bias ? a.gate.bias[bias] : 0.0f);
+        const float u = up_grid.tile[d][c].value[i] + (a.up.bias ? a.up.bias[bias] : 0.0f);
+        hidden[(gate_grid.token(d) + tile_row(i)) * ROWS + gate_grid.row(c) + tile_column(i)] = silu(g) * u;
+      }
+  barrier();
+  for (i32 i = thread_index(); i < TOKENS * ROWS; i += TILE_THREADS) {
+    const i32 token = first_token + i / ROWS;
+    store_activation(a.out, token, first_row + i % ROWS, n_rows, hidden[i], token < n);
+  }
+}
+
+KERNEL(matmul_tile_32, TILE_THREADS)(const MatmulArguments a) { matmul_tile<WEIGHT_TYPE, 32, 64>(a); }
+KERNEL(matmul_tile_64, TILE_THREADS)(const MatmulArguments a) { matmul_tile<WEIGHT_TYPE, 64, 64>(a); }
+KERNEL(swiglu_tile_32, TILE_THREADS)(const SwigluArguments a) { swiglu_tile<WEIGHT_TYPE, 32, 64>(a); }
+KERNEL(swiglu_tile_64, TILE_THREADS)(const SwigluArguments a) { swiglu_tile<WEIGHT_TYPE, 64, 32>(a); }
