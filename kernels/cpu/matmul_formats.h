@@ -1,0 +1,168 @@
+// How the codes of each quantized format get into vector registers. Compiled once for each instruction set V.
+//
+// Lanes are weight rows: word i of V::lanes rows is one vector, so that one instruction multiplies the same columns of all of
+// them and no sum ever crosses lanes. Because rows are only loaded and transposed once, in words of four codes, unpacking
+// costs a fraction of an instruction for each code.
+//
+// A format F = Format<Block> gives
+//   Block           its structure in common/blocks.h
+//   blocks          how many blocks of 32 columns one Block holds
+//   max_code, zero  codes are 0 .. max_code and stand for code - zero; or, with `is_signed`, they are the int8 themselves
+//   unpack(p, stride, tile, b): the Block at p of V::lanes rows, `stride` bytes apart, into blocks b, b + 1, ... of the tile
+#pragma once
+#include "cpu/dequantize.h"
+
+namespace redshard {
+namespace {
+
+// V::lanes rows of up to kTileBlocks blocks of 32 columns. codes[b][i], lane r: columns 32 b + 4 i .. + 3 of row r.
+constexpr i64 kTileBlocks = 32;
+
+template <class V>
+struct Tile {
+  typename V::Words codes[kTileBlocks][8];
+  typename V::Floats scale[kTileBlocks][2];   // of each half; formats with one group in 32 columns use the first
+  typename V::Floats minimum[kTileBlocks];
+};
+
+template <class V, class T>
+typename V::Floats to_floats(T v) {
+  return __builtin_convertvector((typename V::Ints)v, typename V::Floats);
+}
+
+// Byte `index` of every word, without and with sign.
+template <class V>
+typename V::Floats byte_of(typename V::Words v, int index) {
+  return to_floats<V>(v >> 8 * index & 0xff);
+}
+template <class V>
+typename V::Floats signed_byte_of(typename V::Words v, int index) {
+  return to_floats<V>((typename V::Ints)(v << (24 - 8 * index)) >> 24);
+}
+
+// Any format, through its `decode`; the specializations below do the same with a few vector instructions.
+template <class BlockType>
+struct Format {
+  using Block = BlockType;
+  static constexpr int blocks = Block::elements / 32, max_code = 255, zero = 128;
+  static constexpr bool is_signed = true;
+
+  template <class V>
+  static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+    Decoded rows[V::lanes];
+    for (int i = 0; i < blocks; ++i) {
+      for (int r = 0; r < V::lanes; ++r) {
+        decode(reinterpret_cast<const Block*>(p + r * stride), i, rows[r]);
+        for (int half = 0; half < 2; ++half) tile.scale[b + i][half][r] = rows[r].scale[half];
+        tile.minimum[b + i][r] = rows[r].minimum[0];
+      }
+      const u8* first = reinterpret_cast<const u8*>(rows[0].q);
+      V::load_columns(first, sizeof(Decoded), tile.codes[b + i]);
+      V::load_columns(first + 16, sizeof(Decoded), tile.codes[b + i] + 4);
+    }
+  }
+};
+
+template <>
+struct Format<BlockQ4_0> {
+  using Block = BlockQ4_0;
+  static constexpr int blocks = 1, max_code = 15, zero = 8;
+  static constexpr bool is_signed = false;
+
+  template <class V>
+  static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+    typename V::Words raw[4];
+    V::load_columns(p + offsetof(Block, qs), stride, raw);
+    for (int i = 0; i < 4; ++i) {
+      tile.codes[b][i] = raw[i] & 0x0f0f0f0f;
+      tile.codes[b][4 + i] = raw[i] >> 4 & 0x0f0f0f0f;
+    }
+    tile.scale[b][0] = V::load_halves(p + offsetof(Block, d), stride);
+  }
+};
+
+template <>
+struct Format<BlockQ8_0> {
+  using Block = BlockQ8_0;
+  static constexpr int blocks = 1, max_code = 255, zero = 128;
+  static constexpr bool is_signed = true;
+
+  template <class V>
+  static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+    V::load_columns(p + offsetof(Block, qs), stride, tile.codes[b]);
+    V::load_columns(p + offsetof(Block, qs) + 16, stride, tile.codes[b] + 4);
+    tile.scale[b][0] = V::load_halves(p + offsetof(Block, d), stride);
+  }
+};
+
+template <>
+struct Format<BlockQ4_K> {
+  using Block = BlockQ4_K;
+  static constexpr int blocks = 8, max_code = 15, zero = 0;
+  static constexpr bool is_signed = false;
+
+  template <class V>
+  static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+    unpack_scales(p, stride, tile, b);
+    for (int pair = 0; pair < 4; ++pair) {
+      for (int half = 0; half < 2; ++half) {
+        typename V::Words raw[4];
+        V::load_columns(p + offsetof(Block, qs) + 32 * pair + 16 * half, stride, raw);
+        for (int i = 0; i < 4; ++i) {
+          tile.codes[b + 2 * pair][4 * half + i] = raw[i] & 0x0f0f0f0f;
+          tile.codes[b + 2 * pair + 1][4 * half + i] = raw[i] >> 4 & 0x0f0f0f0f;
+        }
+      }
+    }
+  }
+
+  // d, dmin and the twelve bytes of scales are the first 16 bytes of a block: one transposition brings them all.
+  template <class V>
+  static void unpack_scales(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+    typename V::Words head[4];
+    V::load_columns(p, stride, head);
+    const auto d = V::low_halves(head[0]), dmin = V::low_halves(head[0] >> 16);
+    const typename V::Words scales[2] = {head[1] & 0x3f3f3f3f,
+                                         (head[3] & 0x0f0f0f0f) | (head[1] >> 2 & 0x30303030)};
+    const typename V::Words minima[2] = {head[2] & 0x3f3f3f3f,
+                                         (head[3] >> 4 & 0x0f0f0f0f) | (head[2] >> 2 & 0x30303030)};
+    for (int g = 0; g < 8; ++g) {
+      tile.scale[b + g][0] = d * byte_of<V>(scales[g / 4], g % 4);
+      tile.minimum[b + g] = -(dmin * byte_of<V>(minima[g / 4], g % 4));
+    }
+  }
+};
+
+template <>
+struct Format<BlockQ6_K> {
+  using Block = BlockQ6_K;
+  static constexpr int blocks = 8, max_code = 63, zero = 32;
+  static constexpr bool is_signed = false;
+
+  template <class V>
+  static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+    for (int half = 0; half < 2; ++half) {       // of the block: 128 elements
+      for (int part = 0; part < 2; ++part) {     // of each group of 32: 16 elements
+        typename V::Words low[4], low_next[4], high[4];
+        V::load_columns(p + offsetof(Block, ql) + 64 * half + 16 * part, stride, low);
+        V::load_columns(p + offsetof(Block, ql) + 64 * half + 32 + 16 * part, stride, low_next);
+        V::load_columns(p + offsetof(Block, qh) + 32 * half + 16 * part, stride, high);
+        auto* codes = tile.codes + b + 4 * half;
+        for (int i = 0; i < 4; ++i) {
+          const int word = 4 * part + i;
+          codes[0][word] = (low[i] & 0x0f0f0f0f) | (high[i] << 4 & 0x30303030);
+          codes[1][word] = (low_next[i] & 0x0f0f0f0f) | (high[i] << 2 & 0x30303030);
+          codes[2][word] = (low[i] >> 4 & 0x0f0f0f0f) | (high[i] & 0x30303030);
+          codes[3][word] = (low_next[i] >> 4 & 0x0f0f0f0f) | (high[i] >> 2 & 0x30303030);
+        }
+      }
+    }
+    typename V::Words scales[4];
+    V::load_columns(p + offsetof(Block, scales), stride, scales);
+    const auto d = V::load_halves(p + offsetof(Block, d), stride);
+    for (int g = 0; g < 16; ++g) tile.scale[b + g / 2][g % 2] = d * signed_byte_of<V>(scales[g / 4], g % 4);
+  }
+};
+
+}  // namespace
+}  // namespace redshard
