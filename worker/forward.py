@@ -19,27 +19,66 @@ from worker.step_inputs import InputAddresses, StepLimits
 _ALIGNMENT = 256
 
 
+@dataclass(frozen=True, slots=True)
+class StagePart:
+    """Which part of a model a stage has.
+
+    Attributes:
+        layers: ascending; may be empty, since a pipeline may have more stages than the model has layers.
+        is_first: it embeds the tokens.
+        is_last: it gives logits or samples.
+    """
+
+    layers: range
+    is_first: bool
+    is_last: bool
+
+    def tensors(self, model: ModelTensors) -> list[TensorInfo]:
+        """The tensors of the part, each once."""
+        groups = [*(model.layer_tensors(layer) for layer in self.layers), self.end_tensors(model)]
+        return list({info.name: info for group in groups for info in group.values()}.values())
+
+    def end_tensors(self, model: ModelTensors) -> dict[str, TensorInfo]:
+        """Role to tensor besides the layers': the token table on the first, the output on the last stage."""
+        ends: dict[str, TensorInfo] = {}
+        if self.is_first:
+            ends |= model.input_tensors()
+        if self.is_last:
+            ends |= model.output_tensors()
+        return ends
+
+    def check(self, n_layers: int) -> None:
+        """Raise ValueError if a model of `n_layers` has no such part."""
+        layers = self.layers
+        if not (layers or self.is_first or self.is_last):
+            raise ValueError("a stage between the first and the last must have layers")
+        if layers.step != 1 or not 0 <= layers.start <= layers.stop <= n_layers:
+            raise ValueError(f"layers {layers} are not among the model's {n_layers}")
+        if (self.is_first and layers.start != 0) or (self.is_last and layers.stop != n_layers):
+            raise ValueError(
+                f"the first stage must begin with layer 0 and the last end with {n_layers - 1}: {self}"
+            )
+
+
 class StageWeights:
-    """The tensors of layers [first, last) on the device, by layer and role.
+    """The tensors of a stage on the device, by layer and role.
 
     Args:
         config: the model.
         tensors: its tensors by role.
-        layers: those of the stage. With layer 0 it has the token table, with the last one the output matrix.
+        part: what the stage has of them.
         views: device memory of the stage's tensors, by their names in the file.
     """
 
     def __init__(
-        self, config: ModelConfig, tensors: ModelTensors, layers: range, views: Mapping[str, View]
+        self, config: ModelConfig, tensors: ModelTensors, part: StagePart, views: Mapping[str, View]
     ) -> None:
         self.config = config
-        self.layers = layers
-        self.is_first = layers.start == 0
-        self.is_last = layers.stop == config.n_layers
+        self.part = part
         self._tensors = tensors
         self._views = views
-        self._groups = {layer: tensors.layer_tensors(layer) for layer in layers}
-        self._model = stage_extras(tensors, self.is_first, self.is_last)
+        self._groups = {layer: tensors.layer_tensors(layer) for layer in part.layers}
+        self._model = part.end_tensors(tensors)
 
     def matrix(self, role: str, layer: int | None = None) -> Matrix:
         """A matrix with its bias, of a layer or of the model as a whole."""
@@ -61,31 +100,21 @@ class StageWeights:
 
     def matrices(self, *roles: str) -> list[Matrix]:
         """The matrices of these roles in all layers of the stage."""
-        return [self.matrix(role, layer) for layer in self.layers for role in roles]
+        return [self.matrix(role, layer) for layer in self.part.layers for role in roles]
 
     def bytes_per_token(self) -> int:
         """Weights that decoding one token reads: all but the token table, of which it reads one row."""
         read = [info for group in self._groups.values() for info in group.values()]
-        if self.is_last:
+        if self.part.is_last:
             read += self._tensors.output_tensors().values()
         nbytes = sum(info.nbytes for info in read)
-        if self.is_first:
+        if self.part.is_first:
             table = self._model["token_embd"]
             nbytes += table.nbytes // table.shape[0]
         return nbytes
 
     def _group(self, layer: int | None) -> Mapping[str, TensorInfo]:
         return self._model if layer is None else self._groups[layer]
-
-
-def stage_extras(tensors: ModelTensors, is_first: bool, is_last: bool) -> dict[str, TensorInfo]:
-    """What a stage needs besides its layers: token table on the first, output norm and matrix on the last."""
-    extras: dict[str, TensorInfo] = {}
-    if is_first:
-        extras |= tensors.input_tensors()
-    if is_last:
-        extras |= tensors.output_tensors()
-    return extras
 
 
 class Arena:
@@ -160,7 +189,7 @@ def lay_out(arena: Arena, weights: StageWeights, limits: StepLimits, scratch_byt
         at.scratch = arena.take(scratch_bytes)
     with arena.phase():
         at.gated = ops.activation(arena.take, rows, config.n_ff, weights.matrices("ffn_down"))
-    if weights.is_last:
+    if weights.part.is_last:
         rows = limits.max_outputs
         with arena.phase():
             at.final = ops.activation(arena.take, rows, config.n_embd, [weights.matrix("output")])
@@ -187,11 +216,11 @@ class ForwardPass:
 
     def layers(self, rows: int) -> None:
         """The residual stream through all layers, on the first stage from the token ids on."""
-        if self.weights.is_first:
+        if self.weights.part.is_first:
             table = self.weights.matrix("token_embd")
             width = self.weights.config.n_embd
             ops.embed(self.device, self.inputs, rows, table, self.at.hidden, width=width)
-        for layer, cache in zip(self.weights.layers, self.caches, strict=True):
+        for layer, cache in zip(self.weights.part.layers, self.caches, strict=True):
             self._attention(layer, cache, rows)
             self._feed_forward(layer, rows)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind, open_device
+from worker.forward import StagePart
 from worker.stage import HandoffType
 from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits
@@ -57,16 +58,15 @@ class GpuWorker:
     def load(
         self,
         path: str,
-        first_layer: int,
-        end_layer: int,
+        part: StagePart,
         limits: StepLimits,
         memory_budget: int | None = None,
         handoff: HandoffType = "float32",
     ) -> WorkerStats:
-        """Load layers [first_layer, end_layer); arguments and errors as for `Worker.load`."""
+        """Load a part of a model; arguments and errors as for `Worker.load`."""
         return self._worker.load(
             path,
-            range(first_layer, end_layer),
+            part,
             limits,
             memory_budget=memory_budget,
             handoff=handoff,

@@ -1,8 +1,8 @@
 """Some layers of a model on one device: recorded once, replayed for every step.
 
 The first stage embeds tokens, the last one samples or gives logits; in between, the residual stream is handed
-over as rows of float32 (or float16). A step is one copy of its inputs, a few graph replays, one copy out and one
-synchronize: no device allocation, and no Python for each operation.
+over as rows of float32 (or float16). A step is one copy of its inputs, a few graph replays, one copy out and
+one synchronize: no device allocation, and no Python for each operation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Graphs = dict[int, Graph]
 
 
 class Stage:
-    """Layers [first, last) of a model, with their key/value cache.
+    """A part of a model with the key/value cache of its layers.
 
     Args:
         pool: of the device with the weights; inputs, activations, rotary table and cache come from it.
@@ -58,7 +58,7 @@ class Stage:
         handoff: HandoffType = "float32",
     ) -> None:
         self.limits = limits
-        self.is_first, self.is_last = weights.is_first, weights.is_last
+        self._part = weights.part
         self._pool, self._device, self._config = pool, pool.device, weights.config
         config = weights.config
         self._handoff = np.dtype(handoff)
@@ -69,7 +69,8 @@ class Stage:
         self._logits_graphs: Graphs = {}
         self._sample_graphs: dict[int, Graphs] = {}
 
-        self._cache = KVCache(pool, cache_layout(weights, limits), limits.n_kv_blocks)
+        layers = weights.part.layers
+        self._cache = KVCache(pool, cache_layout(weights, limits), limits.n_kv_blocks) if layers else None
         self._rotary = self._upload_rotary(freq_factors)
         layout = InputLayout(limits)
         self._input_buffer = pool.allocate("inputs", layout.nbytes)
@@ -78,7 +79,7 @@ class Stage:
         self._arena = pool.allocate("activations", activation_bytes(self._device, weights, limits))
         arena = Arena(self._arena.address)
         self._at = lay_out(arena, weights, limits, scratch_bytes(self._device, config, limits))
-        row_nbytes = max(4 * config.n_vocab, self._outputs.nbytes(n_top=1)) if self.is_last else 0
+        row_nbytes = max(4 * config.n_vocab, self._outputs.nbytes(n_top=1)) if self._part.is_last else 0
         self._staging = self._allocate_host(max(4 * limits.max_tokens * config.n_embd, row_nbytes))
         self._record(weights, layout)
 
@@ -97,12 +98,13 @@ class Stage:
             DeviceError: the device failed.
         """
         with self._guard:
-            nbytes = self._inputs.pack(batch, self.is_last)
+            nbytes = self._inputs.pack(batch, self._part.is_last)
             n_tokens = len(batch.token_ids)
             self._take_over(hidden, n_tokens)
             self._device.copy_in(self._input_buffer.address, self._input_staging, nbytes)
-            _replay(self._layer_graphs, n_tokens)
-            return self._finish(batch) if self.is_last else self._hand_off(n_tokens)
+            if self._layer_graphs:
+                _replay(self._layer_graphs, n_tokens)
+            return self._finish(batch) if self._part.is_last else self._hand_off(n_tokens)
 
     def close(self) -> None:
         """Release graphs and staging memory. Idempotent; device memory goes with the pool."""
@@ -128,15 +130,17 @@ class Stage:
 
     def _record(self, weights: StageWeights, layout: InputLayout) -> None:
         """Record the layers once for every bucket of rows, and on the last stage what follows them."""
-        config, limits = self._config, self.limits
+        config, limits, cache = self._config, self.limits, self._cache
         forward = ForwardPass(
             device=self._device,
             weights=weights,
             inputs=layout.addresses(self._input_buffer.address),
             at=self._at,
-            caches=tuple(
-                ops.LayerCache(self._cache.keys(layer).address, self._cache.values(layer).address)
-                for layer in range(len(weights.layers))
+            caches=()
+            if cache is None
+            else tuple(
+                ops.LayerCache(cache.keys(layer).address, cache.values(layer).address)
+                for layer in range(len(weights.part.layers))
             ),
             shape=ops.AttentionShape(
                 n_heads=config.n_heads,
@@ -148,11 +152,12 @@ class Stage:
             ),
             rotary=self._rotary,
         )
-        self._layer_graphs = self._recorded(limits.max_tokens, forward.layers)
-        if self.is_last:
+        if self._part.layers or self._part.is_first:
+            self._layer_graphs = self._recorded(limits.max_tokens, forward.layers)
+        if self._part.is_last:
             self._logits_graphs = self._recorded(limits.max_outputs, forward.logits)
             sampled = self._outputs.addresses(self._at.sampled)
-            # Ranking a vocabulary takes time: steps that want no most probable tokens have graphs of their own.
+            # Ranking a vocabulary takes time: steps that want no most probable tokens have their own graphs.
             self._sample_graphs = {
                 n_top: self._recorded(limits.max_outputs, partial(forward.sample, out=sampled, n_top=n_top))
                 for n_top in (0, MAX_TOP_LOGPROBS)
@@ -169,7 +174,7 @@ class Stage:
 
     def _take_over(self, hidden: np.ndarray | None, n_tokens: int) -> None:
         """Bring the residual stream of the stage before onto the device."""
-        if self.is_first != (hidden is None):
+        if self._part.is_first != (hidden is None):
             raise BatchError("hidden states go into every stage but the first")
         if hidden is None:
             return
@@ -223,13 +228,15 @@ class Stage:
 def cache_blocks_in(nbytes: int, device: Device, weights: StageWeights, limits: StepLimits) -> int:
     """How many cache blocks a stage can have if everything besides its weights may take `nbytes`; 0 if none.
 
-    `limits.n_kv_blocks` is ignored.
+    `limits.n_kv_blocks` counts only for a stage without layers, which has no cache: it can have that many.
     """
     one = replace(limits, n_kv_blocks=1)
+    if not weights.part.layers:
+        return limits.n_kv_blocks
     layout = cache_layout(weights, limits)
     rotary = 4 * weights.config.rope.n_rot * limits.max_context
     fixed = activation_bytes(device, weights, limits) + rotary + InputLayout(one).nbytes
-    padding = 2 * GROUP_ALIGNMENT * len(weights.layers)
+    padding = 2 * GROUP_ALIGNMENT * len(weights.part.layers)
     # Each token in the cache may also cost an adjustment in the inputs.
     block = layout.bytes_per_block + ADJUSTMENT_DTYPE.itemsize * limits.block_size
     return max(0, (nbytes - fixed - padding) // block)
@@ -239,7 +246,7 @@ def cache_layout(weights: StageWeights, limits: StepLimits) -> KVCacheLayout:
     """The cache of a stage, one block of it at a time."""
     config = weights.config
     shape = LayerShape(config.n_kv_heads, config.head_dim, config.value_dim)
-    return KVCacheLayout((shape,) * len(weights.layers), limits.block_size)
+    return KVCacheLayout((shape,) * len(weights.part.layers), limits.block_size)
 
 
 def scratch_bytes(device: Device, config: ModelConfig, limits: StepLimits) -> int:

@@ -1,6 +1,6 @@
 """Where a step's inputs lie: one host buffer that mirrors one device buffer, filled and copied once a step.
 
-Every input keeps its address from step to step, because recorded graphs hold those addresses. Those whose size
+Every input keeps its address from step to step, because recorded graphs hold addresses. Those whose size
 varies most, block tables and adjustments, come last, so that a step copies no more than it uses.
 """
 
@@ -91,8 +91,8 @@ class InputLayout:
         self._add("query_starts", 4 * (limits.max_sequences + 1))
         self._add("output_rows", 4 * limits.max_outputs)
         self._add("sampling", SAMPLING_ROW_DTYPE.itemsize * limits.max_outputs)
-        # Adjustments follow the block tables that a step has, wherever those end: the tables' address is their
-        # base too, and the sampling rows' indices are shifted. Hence one unit of alignment to spare.
+        # Adjustments follow the block tables that a step has, wherever those end: the tables' address is
+        # their base too, and the sampling rows' indices are shifted. Hence one unit of alignment to spare.
         tables = 4 * limits.max_sequences * limits.table_width
         self._add("tail", tables + _ALIGNMENT + ADJUSTMENT_DTYPE.itemsize * limits.max_adjustments)
 
@@ -119,10 +119,10 @@ class StepInputs:
         layout: of the inputs.
         array: the host buffer, uint8 (layout.nbytes,).
         n_vocab: token ids are below it.
-        cache: finds the tokens' slots.
+        cache: finds the tokens' slots; None for a stage without layers, which needs none.
     """
 
-    def __init__(self, layout: InputLayout, array: np.ndarray, n_vocab: int, cache: KVCache) -> None:
+    def __init__(self, layout: InputLayout, array: np.ndarray, n_vocab: int, cache: KVCache | None) -> None:
         limits = layout.limits
         self.limits = limits
         self._array, self._n_vocab, self._cache = array, n_vocab, cache
@@ -157,7 +157,10 @@ class StepInputs:
         _check_range("output_rows", batch.output_rows, n_tokens)
         try:
             sequences = sequence_rows(batch.query_starts, n_tokens)
-            slots = self._cache.slots(batch.block_tables, batch.positions, batch.query_starts)
+            if self._cache is not None:
+                self._slots[:n_tokens] = self._cache.slots(
+                    batch.block_tables, batch.positions, batch.query_starts
+                )
         except ValueError as error:
             raise BatchError(f"step {batch.step_id}: {error}") from None
         self._check_sequences(batch, sequences)
@@ -169,7 +172,6 @@ class StepInputs:
         self._query_starts[: n_sequences + 1] = batch.query_starts
         self._output_rows[:n_outputs] = batch.output_rows
         self._tables[:n_sequences, : batch.block_tables.shape[1]] = batch.block_tables
-        self._slots[:n_tokens] = slots
         used = self._tail + 4 * n_sequences * self.limits.table_width
         return self._pack_sampling(batch, used) if is_last and not batch.return_logits else used
 

@@ -14,7 +14,7 @@ from loader.gguf_file import GGUFFile, TensorInfo
 from loader.model_config import ModelConfig, ModelTensors
 from worker.configuration import WorkerConfiguration
 from worker.device.base import Device
-from worker.forward import StageWeights, stage_extras
+from worker.forward import StagePart, StageWeights
 from worker.memory_pool import MemoryMap, MemoryPool
 from worker.packing import PoolError, format_bytes, plan_packing
 from worker.stage import HandoffType, Stage, cache_blocks_in, cache_layout
@@ -77,18 +77,18 @@ class Worker:
     def load(
         self,
         path: Path | str,
-        layers: range,
+        part: StagePart,
         limits: StepLimits,
         *,
         memory_budget: int | None = None,
         handoff: HandoffType = "float32",
         progress: Progress | None = None,
     ) -> WorkerStats:
-        """Upload layers [first, last) of a model and record their steps.
+        """Upload a part of a model and record its steps.
 
         Args:
             path: the model; of a split set, any of its files.
-            layers: of this worker. With layer 0 it embeds tokens, with the model's last layer it samples.
+            part: what this worker has of the model.
             limits: the largest step. `n_kv_blocks` is the size of the cache; with a budget, the least size.
             memory_budget: bytes of device memory for this worker: the cache gets what everything else leaves.
             handoff: element type of hidden states between stages.
@@ -96,7 +96,7 @@ class Worker:
 
         Raises:
             GGUFError, UnsupportedModelError: the file cannot be used.
-            ValueError: the worker is loaded already, or the model has no such layers.
+            ValueError: the worker is loaded already, or the model has no such part.
             PoolError, UploadError, DeviceError: it does not fit, cannot be read, or the device failed.
         """
         if self._stage is not None:
@@ -105,21 +105,21 @@ class Worker:
         with GGUFFile.open(path) as file:
             config = ModelConfig.from_gguf(file)
             tensors = ModelTensors(config, file)
-            _check_layers(layers, config)
+            part.check(config.n_layers)
             freq_factors = _freq_factors(file, tensors)
-        stored = stage_tensors(config, tensors, layers)
+        stored = part.tensors(tensors)
         packing = plan_packing([(info.name, info.nbytes) for info in stored], self._configuration.pool)
         views = self._pool.allocate_weights(packing)
         upload(self._pool, stored, views, self._configuration.upload, progress)
-        weights = StageWeights(config, tensors, layers, views)
+        weights = StageWeights(config, tensors, part, views)
         if memory_budget is not None:
             limits = self._fill(memory_budget, weights, limits)
         self._stage = Stage(self._pool, weights, limits, freq_factors, handoff)
         self._stats = self._loaded_stats(stored, weights, limits, time.monotonic() - started)
         logger.info(
-            "loaded layers %d to %d of %s: %s of weights, %d cache blocks, in %.1f s",
-            layers.start,
-            layers.stop - 1,
+            "loaded layers [%d, %d) of %s: %s of weights, %d cache blocks, in %.1f s",
+            part.layers.start,
+            part.layers.stop,
             path,
             format_bytes(self._stats.weight_bytes),
             limits.n_kv_blocks,
@@ -173,12 +173,12 @@ class Worker:
     ) -> WorkerStats:
         nbytes = {info.name: info.nbytes for info in stored}
         weight_bytes = sum(nbytes.values())
-        kv_bytes = limits.n_kv_blocks * cache_layout(weights, limits).bytes_per_block
+        kv_bytes = cache_layout(weights, limits).nbytes(limits.n_kv_blocks) if weights.part.layers else 0
         return WorkerStats(
             device=self.device.properties.name,
             kind=self.device.kind,
-            first_layer=weights.layers.start,
-            end_layer=weights.layers.stop,
+            first_layer=weights.part.layers.start,
+            end_layer=weights.part.layers.stop,
             n_kv_blocks=limits.n_kv_blocks,
             block_size=limits.block_size,
             weight_bytes=weight_bytes,
@@ -190,18 +190,6 @@ class Worker:
             tokens=0,
             busy_s=0.0,
         )
-
-
-def stage_tensors(config: ModelConfig, tensors: ModelTensors, layers: range) -> list[TensorInfo]:
-    """The tensors of layers [first, last), and of the model's ends where the stage has them, each once."""
-    groups = [tensors.layer_tensors(layer) for layer in layers]
-    groups.append(stage_extras(tensors, layers.start == 0, layers.stop == config.n_layers))
-    return list({info.name: info for group in groups for info in group.values()}.values())
-
-
-def _check_layers(layers: range, config: ModelConfig) -> None:
-    if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.n_layers:
-        raise ValueError(f"{layers} is not a range of the model's layers 0 to {config.n_layers - 1}")
 
 
 def _freq_factors(file: GGUFFile, tensors: ModelTensors) -> np.ndarray | None:

@@ -14,9 +14,15 @@ import numpy as np
 
 
 class ReferenceModel:
-    """A llama, qwen2 or qwen3 model read whole into float64."""
+    """A llama, qwen2 or qwen3 model read whole into float64.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the GGUF file.
+        cache_dtype: keys and values are rounded to this type, as by a cache that holds it.
+    """
+
+    def __init__(self, path: Path, cache_dtype: type = np.float64) -> None:
+        self._cache_dtype = cache_dtype
         reader = gguf.GGUFReader(path)
         self._metadata = {name: field.contents() for name, field in reader.fields.items()}
         self.architecture = self._metadata["general.architecture"]
@@ -53,6 +59,7 @@ class ReferenceModel:
             q = _rms_norm(q, self._weights[f"blk.{layer}.attn_q_norm.weight"], self.eps)
             k = _rms_norm(k, self._weights[f"blk.{layer}.attn_k_norm.weight"], self.eps)
         q, k = self._rotate(q, cosine, sine), self._rotate(k, cosine, sine)
+        k, v = (values.astype(self._cache_dtype).astype(np.float64) for values in (k, v))
         group = self.n_heads // self.n_kv_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(self.head_dim)

@@ -108,7 +108,7 @@ class Device(ABC):
 
     @abstractmethod
     def synchronize(self, deadline: float | None = None) -> None:
-        """Wait for all work; past `deadline` seconds the process ends: a hung driver call cannot be cancelled."""
+        """Wait for all work; past `deadline` seconds the process ends: driver calls cannot be cancelled."""
 
     @abstractmethod
     def launch(self, kernel: str, arguments: ctypes.Structure, rows: int) -> None:
@@ -120,8 +120,8 @@ class Device(ABC):
     def row_buckets(self, max_rows: int) -> tuple[int, ...]:
         """Row counts worth a recorded graph of their own, ascending; the last is `max_rows`.
 
-        A step replays the graph of the smallest count that holds its rows. One suffices where a kernel recorded for
-        many rows costs no more on few; GPUs, where recording fixes the grid, have powers of two.
+        A step replays the graph of the smallest count that holds its rows. One suffices where a kernel
+        recorded for many rows costs no more on few; GPUs, where recording fixes the grid, have powers of two.
         """
         return (max_rows,)
 
