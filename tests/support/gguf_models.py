@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ TINY_VOCABULARY = bpe_vocabulary(
 
 
 def large_vocabulary(n_tokens: int, special: Sequence[str], seed: int = 0, **others: Any) -> Vocabulary:
-    """A vocabulary of a real model's size: made-up words of ASCII letters, with the merges that spell them."""
+    """A vocabulary of any size: made-up words of ASCII letters, and the merges that spell them."""
     rng = np.random.default_rng(seed)
     words = list("etaoinshrdlucmfwypvbgkjqxzĠ")
     known = set(words)
@@ -144,6 +144,7 @@ def write_model(
     vocabulary: Vocabulary = TINY_VOCABULARY,
     freq_factors: np.ndarray | None = None,
     metadata: Mapping[str, Any] | None = None,
+    biases: Collection[str] = (),
     tensors_per_file: int = 0,
 ) -> Path:
     """Write a model with random weights that keep activations near one.
@@ -156,6 +157,7 @@ def write_model(
         vocabulary: of n_vocab tokens.
         freq_factors: (n_rot / 2,), written as ``rope_freqs``.
         metadata: keys to add or to replace; None removes a key.
+        biases: names of matrices, such as ``ffn_up``, that get a bias besides the query, key and value.
         tensors_per_file: of a split set; 0 writes one file.
 
     Returns:
@@ -163,6 +165,11 @@ def write_model(
     """
     choose = types if callable(types) else lambda name, shape: types
     shapes = dict(_tensor_shapes(config))
+    for name, shape in list(shapes.items()):
+        if name.removesuffix(".weight").rpartition(".")[2] in biases:
+            shapes[name.replace(".weight", ".bias")] = shape[:1]
+    if config.tied_embeddings and "output" in biases:
+        shapes["output.bias"] = (config.n_vocab,)
     if freq_factors is not None:
         shapes["rope_freqs.weight"] = (config.rope.n_rot // 2,)
     chosen = {
