@@ -1,0 +1,98 @@
+"""Short stories from a grammar."""
+
+from __future__ import annotations
+
+from random import Random
+
+from cluster.demo_questions import DemoQuestion
+from demo_model.example import Example, is_held_out
+from demo_model.lexicon import NAMES
+from demo_model.wording import casual, fill, with_articles
+
+_HEROES = (
+    "fox rabbit bear owl mouse cat dog dragon wizard princess sailor baker robot farmer knight pirate frog "
+    "hedgehog penguin turtle girl boy gardener painter fisherman squirrel wolf elephant tiger clown"
+).split()
+_HELPERS = "owl crow old_woman beaver teacher blacksmith goose snail badger librarian shepherd moth".split()
+_THINGS = (
+    "lantern key map ring book drum kite boat clock mirror crown compass bell flute cup umbrella hat basket "
+    "letter coin feather seed violin cloak telescope"
+).split()
+_PLACES = (
+    "forest village castle harbor desert mountain island garden lighthouse market library valley meadow city "
+    "cave mill bridge orchard"
+).split()
+_TRAITS = "small brave curious shy clever cheerful sleepy quiet kind proud lonely patient".split()
+
+_ASK = (
+    "[Tell|Write] me a [short |little |]story about a {hero} and a {thing}.",
+    "[Write|Tell] a [short |little |]story [about|with] a {hero} and a {thing}.",
+    "A story about a {hero} and a {thing}, please.",
+    "Can you tell [me |]a story about a {hero}[ who finds| with| who loses] a {thing}?",
+    "I want to hear a [short |]story about a {hero} and a {thing}.",
+)
+_ASK_OPEN = (
+    "[Tell|Write] me a [short |little |]story.",
+    "Tell me a [bedtime |]story, please.",
+    "[Can you tell|Do you know] a story?",
+)
+_OPENING = (
+    "Once upon a time a {trait} {hero} named {name} lived near a {place}.",
+    "There once was a {trait} {hero} called {name}, who lived in a {place}.",
+    "In a {place} far away lived a {trait} {hero}. Everybody called the {hero} {name}.",
+)
+_LOST = (
+    "One day {name} lost a {thing}.",
+    "One [morning|evening] {name} could not find the old {thing} anywhere.",
+)
+_FOUND = (
+    "One day {name} found a {thing} that belonged to somebody else.",
+    "One [morning|evening] {name} found a strange {thing} by the road.",
+)
+_SEARCH = (
+    "{name} looked [under every stone|behind every door|from sunrise to sunset], but in vain.",
+    "{name} asked everybody in the {place}, but nobody [knew|had seen] it.",
+)
+_WONDER = (
+    "{name} asked everybody in the {place}, but nobody knew whose it was.",
+    "{name} wanted to keep it, but it did not feel right.",
+)
+_HELP_LOST = ("Then a {helper} came by and said: \"I saw your {thing} near the river.\" Together they found it.",)
+_HELP_FOUND = ("Then a {helper} came by, looking very sad. \"That is my {thing}!\" said the {helper}.",)
+_END_LOST = (
+    "{name} thanked the {helper}, and from then on they were friends.",
+    "{name} was so happy that the whole {place} danced that night.",
+)
+_END_FOUND = (
+    "{name} gave it back, and the {helper} smiled. From then on they were friends.",
+    "{name} gave it back at once, and they had cake together until the stars came out.",
+)
+_MORAL = ("", " The end.", " And if you walk by, you may still hear them laugh.")
+
+
+def stories(rng: Random) -> Example:
+    """A story of five or six sentences about what was asked for, or about anything."""
+    hero, thing = rng.choice(_HEROES), rng.choice(_THINGS)
+    words = {
+        "hero": hero,
+        "thing": thing,
+        "helper": rng.choice([h for h in _HELPERS if h != hero]).replace("_", " "),
+        "place": rng.choice(_PLACES),
+        "trait": rng.choice(_TRAITS),
+        "name": rng.choice(NAMES),
+    }
+    lost = rng.random() < 0.5
+    plot = (
+        (_OPENING, _LOST, _SEARCH, _HELP_LOST, _END_LOST)
+        if lost
+        else (_OPENING, _FOUND, _WONDER, _HELP_FOUND, _END_FOUND)
+    )
+    reply = with_articles(" ".join(fill(rng, rng.choice(part), **words) for part in plot) + rng.choice(_MORAL))
+    if rng.random() < 0.15:
+        prompt, mentions = fill(rng, rng.choice(_ASK_OPEN)), ("lived",)
+        return Example(DemoQuestion("stories", casual(rng, prompt), mentions=mentions), reply, False)
+    prompt = with_articles(fill(rng, rng.choice(_ASK), **words))
+    if not lost:
+        prompt = prompt.replace("who loses", "who finds")
+    question = DemoQuestion("stories", casual(rng, prompt), mentions=(hero, thing, "lived"))
+    return Example(question, reply, is_held_out("story", hero, thing))
