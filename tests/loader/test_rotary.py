@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from loader.model_config import RopeConfig
 from loader.rotary import rotary_table
 
 
-def make_rope(**changes: object) -> RopeConfig:
-    values: dict[str, object] = dict(
+def make_rope(**changes: Any) -> RopeConfig:
+    values: dict[str, Any] = dict(
         style="norm",
         n_rot=64,
         base=10000.0,
