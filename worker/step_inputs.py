@@ -21,6 +21,9 @@ _ALIGNMENT = 64
 _BIASES_PER_ROW = 300
 
 
+_DIMENSIONS = {"token_ids": 1, "positions": 1, "query_starts": 1, "block_tables": 2, "output_rows": 1}
+
+
 class BatchError(ValueError):
     """A step batch that a stage cannot run: says which field, which value and which limit."""
 
@@ -177,6 +180,13 @@ class StepInputs:
 
     def _check_sizes(self, batch: StepBatch) -> tuple[int, int, int]:
         limits = self.limits
+        for name, ndim in _DIMENSIONS.items():
+            array = getattr(batch, name)
+            if array.dtype != np.int32 or array.ndim != ndim:
+                raise BatchError(
+                    f"step {batch.step_id}: {name} is {array.dtype} of shape {array.shape}, "
+                    f"but must be int32 of {ndim} dimensions"
+                )
         n_tokens, n_sequences = len(batch.token_ids), len(batch.query_starts) - 1
         n_outputs = len(batch.output_rows)
         for what, count, least, most in (
@@ -200,13 +210,13 @@ class StepInputs:
 
     def _check_sequences(self, batch: StepBatch, sequences: np.ndarray) -> None:
         """Attention reads every block up to a sequence's last position, not only those of its new tokens."""
-        same_sequence = sequences[1:] == sequences[:-1]
-        if (np.diff(batch.positions)[same_sequence] != 1).any():
-            raise BatchError(f"step {batch.step_id}: the positions of a sequence must follow one another")
-        last_rows = batch.query_starts[1:] - 1
-        if (np.diff(last_rows) < 1).any():
+        if (batch.query_starts[1:] == batch.query_starts[:-1]).any():
             raise BatchError(f"step {batch.step_id}: each sequence must have at least one token")
-        last_blocks = batch.positions[last_rows] // self.limits.block_size
+        positions = batch.positions
+        same_sequence = sequences[1:] == sequences[:-1]
+        if ((positions[1:] - positions[:-1] != 1) & same_sequence).any():
+            raise BatchError(f"step {batch.step_id}: the positions of a sequence must follow one another")
+        last_blocks = positions[batch.query_starts[1:] - 1] // self.limits.block_size
         tables = batch.block_tables
         used = np.arange(tables.shape[1]) <= last_blocks[:, None]
         if (((tables < 0) | (tables >= self.limits.n_kv_blocks)) & used).any():

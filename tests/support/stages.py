@@ -20,7 +20,7 @@ from worker.step_inputs import StepLimits
 from worker.worker import Worker
 
 LIMITS = StepLimits(
-    max_tokens=128, max_sequences=8, max_outputs=128, max_context=256, n_kv_blocks=64, block_size=16
+    max_tokens=128, max_sequences=8, max_outputs=128, max_context=256, n_kv_blocks=1024, block_size=16
 )
 
 

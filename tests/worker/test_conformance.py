@@ -1,7 +1,8 @@
 """Logits against llama.cpp's, for every file of the conformance kit that this version should run.
 
-``tests/data/conformance`` holds a part of the kit; the whole of it is used where it lies next to the repository.
-How close to come is said in the kit's README. The cache is float16, so even float weights do not reach 1e-4.
+``tests/data/conformance`` holds a part of the kit; the whole of it is used where it lies next to the
+repository. How close to come is said in the kit's README. The cache is float16, so even float weights do not
+reach 1e-4.
 """
 
 from __future__ import annotations
