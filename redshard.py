@@ -1,1 +1,38 @@
-"""The public face of Redshard."""
+"""The public face: ``from redshard import LLM, SamplingParams``; ``python -m redshard`` is the command line."""
+
+from __future__ import annotations
+
+from cluster.completion import Completion, CompletionChunk, Usage
+from cluster.errors import (
+    ModelError,
+    ParameterError,
+    PipelineError,
+    PromptError,
+    RedshardError,
+    RequestError,
+)
+from cluster.llm import LLM
+from cluster.requests import TokenLogprob
+from cluster.sampling_params import SamplingParams
+from worker.configuration import WorkerConfiguration
+
+__all__ = [
+    "LLM",
+    "Completion",
+    "CompletionChunk",
+    "ModelError",
+    "ParameterError",
+    "PipelineError",
+    "PromptError",
+    "RedshardError",
+    "RequestError",
+    "SamplingParams",
+    "TokenLogprob",
+    "Usage",
+    "WorkerConfiguration",
+]
+
+if __name__ == "__main__":
+    from cluster.cli import main
+
+    main()

@@ -347,6 +347,7 @@ class Scheduler:
         sequence = chunk.sequence
         if chunk.epoch != sequence.epoch:
             return []
+        sequence.n_deaths = 0
         finished = chunk.end == sequence.n_prompt
         if finished:
             self._finish(sequence)

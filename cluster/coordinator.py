@@ -1,0 +1,228 @@
+"""Plan, place, load, run: the actor that owns one pipeline. It lives on no CPU and dies with its owner."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.engine import Engine
+from cluster.errors import ModelError, PipelineError
+from cluster.requests import Increment, Request
+from cluster.scheduler import Scheduler, SchedulerLimits
+from cluster.stage_actor import StageActor
+from cluster.worker_group import LoadOrder, WorkerGroup
+from loader.gguf_file import GGUFFile
+from loader.model_config import ModelConfig, ModelTensors
+from loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, plan_shards
+from loader.tokenizer import Tokenizer
+from worker.configuration import WorkerConfiguration
+from worker.device.choose import DeviceKind
+from worker.kv_cache import DEFAULT_BLOCK_SIZE
+from worker.stage import HandoffType
+from worker.step_inputs import StepLimits
+from worker.worker import WorkerStats
+
+#: Rows of one step whose logits are wanted, at least; a request for logits gets that many at once.
+MIN_STEP_OUTPUTS = 64
+#: The share of a device's free memory that a plan may use; runtimes and neighbours take the rest.
+_GPU_SHARE = 0.92
+_CPU_SHARE = 0.6
+#: A worker's watchdog ends its process at the step's deadline; should that fail, the engine does, this much
+#: later.
+_GRACE_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSettings:
+    """What a pipeline is to be.
+
+    Attributes:
+        path: absolute path of the model, the same on every node.
+        n_stages: workers that share the layers.
+        kind: of device.
+        max_context: tokens a sequence may have.
+        max_sequences: sequences that may run at once.
+        max_step_tokens: tokens of one step.
+        cache_tokens: tokens the key/value cache is to hold; None for max_context of each sequence, or as many
+            as fit.
+        handoff: element type of hidden states between stages.
+        worker: configuration of the workers.
+    """
+
+    path: str
+    n_stages: int
+    kind: DeviceKind
+    max_context: int
+    max_sequences: int
+    max_step_tokens: int
+    cache_tokens: int | None
+    handoff: HandoffType
+    worker: WorkerConfiguration
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineInfo:
+    """A loaded pipeline: the longest sequence it can run, what its cache holds, and its workers."""
+
+    max_length: int
+    cache_tokens: int
+    workers: list[WorkerStats]
+
+
+class Coordinator:
+    """Owns the workers of one pipeline and the engine that feeds them.
+
+    As a Ray actor it needs several threads: `poll` waits for output while other calls come in.
+
+    Args:
+        actor_class: of the stages.
+    """
+
+    def __init__(self, actor_class: type[StageActor] = StageActor) -> None:
+        logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s coordinator: %(message)s")
+        self._actor_class = actor_class
+        self._group: WorkerGroup | None = None
+        self._engine: Engine | None = None
+
+    def start(self, settings: PipelineSettings) -> PipelineInfo:
+        """Place the workers, load the model onto them, and begin to serve.
+
+        Raises:
+            ModelError: it cannot be read or does not fit.
+            PipelineError: the cluster has no room, or a worker cannot be started.
+        """
+        try:
+            return self._start(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def progress(self) -> list[tuple[int, int]]:
+        """(bytes uploaded, bytes in total) of each stage; nothing before there are workers."""
+        return self._group.progress() if self._group is not None else []
+
+    def add(self, requests: list[Request]) -> None:
+        """As `Engine.add`."""
+        self._serving().add(requests)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """As `Engine.abort`."""
+        self._serving().abort(request_ids)
+
+    def poll(self, timeout: float) -> list[Increment]:
+        """As `Engine.poll`."""
+        return self._serving().poll(timeout)
+
+    def state(self) -> str:
+        """What it does: "loading", "serving", "recovering", "failed" or "closed"."""
+        return self._engine.state if self._engine is not None else "loading"
+
+    def stats(self) -> dict[str, Any]:
+        """`state`, `times` (`EngineTimes`), and `workers` (`WorkerStats` of each stage)."""
+        engine = self._serving()
+        workers = self._group.stats() if self._group is not None else []
+        return {"state": engine.state, "times": asdict(engine.times), "workers": workers}
+
+    def memory_maps(self) -> list[dict[str, Any]]:
+        """What is allocated on each stage's device."""
+        return self._group.memory_maps() if self._group is not None else []
+
+    def worker_pids(self) -> list[int]:
+        """Process id of each stage."""
+        return [report.pid for report in self._group.reports] if self._group is not None else []
+
+    def close(self) -> None:
+        """Stop serving and end the workers. Idempotent."""
+        if self._engine is not None:
+            self._engine.close()
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _start(self, settings: PipelineSettings) -> PipelineInfo:
+        try:
+            with GGUFFile.open(settings.path) as file:
+                config = ModelConfig.from_gguf(file)
+                size = ModelSize.of(config, ModelTensors(config, file))
+                tokenizer = Tokenizer.from_metadata(file.metadata)
+        except (ValueError, OSError) as error:
+            raise ModelError(str(error)) from error
+        group = WorkerGroup(
+            settings.n_stages,
+            settings.kind,
+            settings.worker,
+            settings.worker.deadlines.step_s + _GRACE_S,
+            self._actor_class,
+        )
+        self._group = group
+        shares = [
+            int(memory * (_CPU_SHARE if report.kind == "cpu" else _GPU_SHARE))
+            for memory, report in zip(group.stage_memory(), group.reports, strict=True)
+        ]
+        plan, cache_tokens = plan_with_cache(size, [Device(share) for share in shares], settings)
+        limits = step_limits(settings, cache_tokens)
+        order = LoadOrder(
+            settings.path,
+            tuple(range(stage.first, stage.last) for stage in plan.stages),
+            limits,
+            settings.handoff,
+        )
+        workers = group.load(order, max_in_flight=settings.n_stages)
+        scheduler = Scheduler(scheduler_limits(limits, settings.n_stages))
+        self._engine = Engine(scheduler, group, tokenizer)
+        return PipelineInfo(scheduler.limits.max_length, limits.n_kv_blocks * limits.block_size, workers)
+
+    def _serving(self) -> Engine:
+        if self._engine is None:
+            raise PipelineError("the model is not loaded yet")
+        return self._engine
+
+
+def plan_with_cache(
+    size: ModelSize, devices: list[Device], settings: PipelineSettings
+) -> tuple[ShardPlan, int]:
+    """The plan, and the tokens its cache holds: as many as wanted, or as fit if nothing was asked for.
+
+    Raises:
+        ModelError: the model, or the cache asked for, or the cache of a single sequence does not fit.
+    """
+    block = DEFAULT_BLOCK_SIZE
+    one_sequence = -(-settings.max_context // block) * block
+    wanted = settings.cache_tokens or one_sequence * settings.max_sequences
+    wanted = max(block, wanted // block * block)
+    try:
+        return plan_shards(size, devices, wanted), wanted
+    except PlanError as error:
+        if settings.cache_tokens is not None:
+            raise ModelError(str(error)) from error
+    try:
+        plan = plan_shards(size, devices, one_sequence)
+    except PlanError as error:
+        raise ModelError(str(error)) from error
+    return plan, min(wanted, plan.kv_tokens // block * block)
+
+
+def step_limits(settings: PipelineSettings, cache_tokens: int) -> StepLimits:
+    """The largest step the workers are built for."""
+    return StepLimits(
+        max_tokens=settings.max_step_tokens,
+        max_sequences=settings.max_sequences,
+        max_outputs=max(settings.max_sequences, MIN_STEP_OUTPUTS),
+        max_context=settings.max_context,
+        n_kv_blocks=cache_tokens // DEFAULT_BLOCK_SIZE,
+        block_size=DEFAULT_BLOCK_SIZE,
+    )
+
+
+def scheduler_limits(limits: StepLimits, n_stages: int) -> SchedulerLimits:
+    """The same for the scheduler, with a micro-batch in flight for every stage."""
+    return SchedulerLimits(
+        n_blocks=limits.n_kv_blocks,
+        block_size=limits.block_size,
+        max_context=limits.max_context,
+        max_sequences=limits.max_sequences,
+        max_step_tokens=limits.max_tokens,
+        max_step_outputs=limits.max_outputs,
+        n_micro_batches=n_stages,
+    )

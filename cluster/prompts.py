@@ -1,0 +1,92 @@
+"""From what people pass as prompts to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.errors import ParameterError, PromptError
+from cluster.sampling_params import SamplingParams
+from loader.chat import ChatTemplate, ChatTemplateError
+from loader.tokenizer import Tokenizer
+
+#: Text, token ids, or chat messages (mappings with "role" and "content").
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+class PromptEncoder:
+    """Turns prompts into token ids, and refuses those that the model cannot take.
+
+    Args:
+        tokenizer: the model's.
+        chat: its chat template, or why it has none.
+        max_tokens: the longest prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat: ChatTemplate | ChatTemplateError, max_tokens: int) -> None:
+        self._tokenizer, self._chat, self._max_tokens = tokenizer, chat, max_tokens
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of one prompt.
+
+        Raises:
+            PromptError: it is empty, too long, of another kind, or names tokens that do not exist.
+        """
+        tokens = self._tokens(prompt)
+        if not tokens:
+            raise PromptError("a prompt must have at least one token; this one is empty")
+        if len(tokens) > self._max_tokens:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens, but the context has room for {self._max_tokens} and "
+                "an answer; shorten it or load the model with a larger max_context"
+            )
+        return tokens
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt)
+        if isinstance(prompt, Sequence) and all(isinstance(item, Mapping) for item in prompt):
+            return self._chat_tokens(prompt)
+        try:
+            tokens = [int(token) for token in prompt]
+        except (TypeError, ValueError):
+            raise PromptError(f"a prompt is text, token ids or chat messages, not {prompt!r:.80}") from None
+        for token in tokens:
+            if not 0 <= token < self._tokenizer.n_vocab:
+                raise PromptError(
+                    f"token {token} is not in the vocabulary of {self._tokenizer.n_vocab} tokens"
+                )
+        return tokens
+
+    def _chat_tokens(self, messages: Sequence[Any]) -> list[int]:
+        if isinstance(self._chat, ChatTemplateError):
+            raise PromptError(str(self._chat))
+        try:
+            text = self._chat.render(messages)
+        except ChatTemplateError as error:
+            raise PromptError(str(error)) from error
+        return self._tokenizer.encode(text, parse_special=True)
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, (int, Mapping)) for item in items):
+        return [items]  # type: ignore[list-item]
+    return items  # type: ignore[arg-type]
+
+
+def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, n: int) -> list[SamplingParams]:
+    """Sampling parameters for each of `n` prompts.
+
+    Raises:
+        ParameterError: there are neither one nor `n` of them.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * n
+    each = list(params)
+    if len(each) != n or not all(isinstance(item, SamplingParams) for item in each):
+        raise ParameterError(f"give one SamplingParams for all, or one for each of the {n} prompts")
+    return each

@@ -1,0 +1,61 @@
+"""What runs in a stage's process: a worker that takes and gives messages."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+from cluster.wire import decode_batch, encode_batch, encode_result
+from worker.configuration import WorkerConfiguration
+from worker.device.choose import DeviceKind
+from worker.gpu_worker import GpuWorker
+from worker.step_batch import StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What the plan needs to know of a stage's device. Memory in bytes; on CPUs it is the whole node's."""
+
+    name: str
+    kind: str
+    free_memory: int
+    total_memory: int
+    pid: int
+
+
+class StageActor(GpuWorker):
+    """One stage of the pipeline, as a Ray actor; `step` is what the compiled graph calls.
+
+    Args:
+        stage: its number.
+        kind: of device.
+        n_neighbours: stages on the same node, this one included: they share its cores evenly.
+        configuration: of the worker.
+    """
+
+    def __init__(
+        self, stage: int, kind: DeviceKind, n_neighbours: int, configuration: WorkerConfiguration
+    ) -> None:
+        n_threads = max(1, len(os.sched_getaffinity(0)) // n_neighbours)
+        super().__init__(stage, kind, n_threads, configuration, log_level="WARNING")
+        self._step_began: float | None = None
+
+    def report(self) -> DeviceReport:
+        """The device, as it is now."""
+        device = self._worker.device
+        free, total = device.memory_info()
+        return DeviceReport(device.properties.name, device.kind, free, total, os.getpid())
+
+    def step(self, message: bytes) -> bytes:
+        """One step: `wire.encode_batch` in; the same with hidden states out, or `wire.encode_result`."""
+        self._step_began = time.monotonic()
+        batch, hidden = decode_batch(message)
+        out = self.run(batch, hidden)
+        self._step_began = None
+        return encode_result(out) if isinstance(out, StepResult) else encode_batch(batch, out)
+
+    def step_seconds(self) -> float:
+        """How long the present step has been running; 0 between steps. Answers while a step runs."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began

@@ -1,0 +1,257 @@
+"""The actors of one pipeline: placed, started, loaded, and replaced when they die."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.engine import StepLost
+from cluster.errors import ModelError, PipelineError
+from cluster.pipeline import Pipeline
+from cluster.stage_actor import DeviceReport, StageActor
+from worker.configuration import WorkerConfiguration
+from worker.device.choose import DeviceKind
+from worker.stage import HandoffType
+from worker.step_batch import StepBatch, StepResult
+from worker.step_inputs import StepLimits
+from worker.worker import WorkerStats
+
+logger = logging.getLogger(__name__)
+
+#: What a stage on the CPU takes of Ray's own count: next to nothing, since its threads are set explicitly.
+CPU_BUNDLE = {"CPU": 0.01}
+GPU_BUNDLE = {"GPU": 1.0}
+
+_PLACEMENT_S = 60.0
+_START_S = 120.0
+_ANSWER_S = 10.0
+#: Times that stages are started again before the pipeline is given up.
+_MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOrder:
+    """What the stages load: layers layers[i] on stage i, for steps within `limits`."""
+
+    path: str
+    layers: tuple[range, ...]
+    limits: StepLimits
+    handoff: HandoffType
+
+
+class WorkerGroup:
+    """One `StageActor` for each stage, in a placement group with a bundle for each, and their pipeline.
+
+    Args:
+        n_stages: actors.
+        kind: of device; "cpu" takes no GPU.
+        configuration: of the workers.
+        deadline_s: seconds a step may take.
+        actor_class: `StageActor`, or what stands in for it in tests.
+
+    Raises:
+        PipelineError: the cluster has no room, or a device cannot be opened.
+    """
+
+    def __init__(
+        self,
+        n_stages: int,
+        kind: DeviceKind,
+        configuration: WorkerConfiguration,
+        deadline_s: float,
+        actor_class: type[StageActor] = StageActor,
+    ) -> None:
+        self._kind, self._configuration, self._deadline_s = kind, configuration, deadline_s
+        self._bundle = CPU_BUNDLE if kind == "cpu" else GPU_BUNDLE
+        self._actor_class = ray.remote(actor_class)
+        self._order: LoadOrder | None = None
+        self._pipeline: Pipeline | None = None
+        self._placement = _place([self._bundle] * n_stages)
+        nodes = placement_group_table(self._placement)["bundles_to_node_id"]
+        stages_on = Counter(nodes.values())
+        self._n_neighbours = [stages_on[nodes[stage]] for stage in range(n_stages)]
+        self._actors = [self._start(stage) for stage in range(n_stages)]
+        self.reports = self._open_devices()
+
+    @property
+    def n_stages(self) -> int:
+        """How many stages there are."""
+        return len(self._actors)
+
+    def stage_memory(self) -> list[int]:
+        """Free bytes for each stage; stages on one node's CPUs share its memory."""
+        return [
+            report.free_memory // (neighbours if report.kind == "cpu" else 1)
+            for report, neighbours in zip(self.reports, self._n_neighbours, strict=True)
+        ]
+
+    def load(self, order: LoadOrder, max_in_flight: int) -> list[WorkerStats]:
+        """Load all stages at once, then connect them.
+
+        Raises:
+            ModelError: a stage cannot load its part.
+            PipelineError: a stage died meanwhile.
+        """
+        self._order, self._max_in_flight = order, max_in_flight
+        stats = self._load(range(self.n_stages))
+        self._connect()
+        return stats
+
+    def progress(self) -> list[tuple[int, int]]:
+        """(bytes uploaded, bytes in total) of each stage; may be called while `load` runs."""
+        return ray.get([actor.progress.remote() for actor in self._actors], timeout=_ANSWER_S)
+
+    def stats(self) -> list[dict[str, Any]]:
+        """`WorkerStats` of each stage, with the process id."""
+        return self._ask("stats")
+
+    def memory_maps(self) -> list[dict[str, Any]]:
+        """What is allocated on each stage's device."""
+        return self._ask("memory_map")
+
+    # What the engine needs
+
+    def submit(self, batch: StepBatch) -> None:
+        """As `Pipeline.submit`."""
+        assert self._pipeline is not None
+        self._pipeline.submit(batch)
+
+    def collect(self) -> StepResult:
+        """As `Pipeline.collect`."""
+        assert self._pipeline is not None
+        return self._pipeline.collect()
+
+    def restore(self, loss: StepLost) -> None:
+        """Replace dead and hung stages in their bundles, load their layers, and connect all stages anew.
+
+        Raises:
+            PipelineError: stages keep dying, or cannot load.
+        """
+        lost = self._lost_stages(loss.timed_out)
+        for stage in lost:
+            ray.kill(self._actors[stage])
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            try:
+                for stage in lost:
+                    self._actors[stage] = self._start(stage)
+                self._load(lost)
+                self._connect()
+                return
+            except (PipelineError, ModelError, ray.exceptions.RayError) as error:
+                logger.warning("attempt %d to bring back stages %s failed: %s", attempt, lost, error)
+                if attempt == _MAX_ATTEMPTS:
+                    raise PipelineError(
+                        f"stages {lost} could not be brought back in {attempt} attempts: {error}"
+                    ) from error
+                lost = sorted({*lost, *self._lost_stages(timed_out=False)})
+                for stage in lost:
+                    ray.kill(self._actors[stage])
+
+    def close(self) -> None:
+        """End all actors and give back their resources. Idempotent."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        remove_placement_group(self._placement)
+
+    # Single stages
+
+    def _start(self, stage: int) -> Any:
+        options = {"num_cpus": self._bundle.get("CPU", 0), "num_gpus": self._bundle.get("GPU", 0)}
+        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=stage)
+        # Two threads, to answer questions while a model is loaded. Steps have a thread of their own.
+        actor_class = self._actor_class.options(**options, scheduling_strategy=strategy, max_concurrency=2)
+        return actor_class.remote(stage, self._kind, self._n_neighbours[stage], self._configuration)
+
+    def _open_devices(self) -> list[DeviceReport]:
+        try:
+            return ray.get([actor.report.remote() for actor in self._actors], timeout=_START_S)
+        except ray.exceptions.RayError as error:
+            self.close()
+            raise PipelineError(f"a worker could not be started: {_cause(error)}") from error
+
+    def _load(self, stages: range | list[int]) -> list[WorkerStats]:
+        assert self._order is not None
+        order = self._order
+        loading = [
+            self._actors[stage].load.remote(
+                order.path,
+                order.layers[stage].start,
+                order.layers[stage].stop,
+                order.limits,
+                None,
+                order.handoff,
+            )
+            for stage in stages
+        ]
+        try:
+            return ray.get(loading)
+        except ray.exceptions.RayTaskError as error:
+            raise ModelError(_cause(error)) from error
+        except ray.exceptions.RayError as error:
+            raise PipelineError(f"a worker died while it loaded: {_cause(error)}") from error
+
+    def _connect(self) -> None:
+        self._pipeline = Pipeline(self._actors, self._max_in_flight, self._deadline_s)
+
+    def _lost_stages(self, timed_out: bool) -> list[int]:
+        """Stages that do not answer; after a timeout also those that are still in a step."""
+        answers = [actor.step_seconds.remote() for actor in self._actors]
+        deadline = time.monotonic() + _ANSWER_S
+        lost = []
+        for stage, answer in enumerate(answers):
+            try:
+                in_step = ray.get(answer, timeout=max(0.1, deadline - time.monotonic()))
+            except ray.exceptions.RayError as error:
+                logger.warning("stage %d is lost: %s", stage, _cause(error))
+                lost.append(stage)
+                continue
+            if timed_out and in_step > 0:
+                logger.warning("stage %d hangs: %.1f s in one step", stage, in_step)
+                lost.append(stage)
+        return lost
+
+    def _ask(self, method: str) -> list[dict[str, Any]]:
+        answers = [getattr(actor, method).remote() for actor in self._actors]
+        try:
+            return ray.get(answers, timeout=_ANSWER_S)
+        except ray.exceptions.RayError as error:
+            raise PipelineError(f"a worker does not answer: {_cause(error)}") from error
+
+
+def _place(bundles: list[dict[str, float]]) -> PlacementGroup:
+    group = placement_group(bundles, strategy="PACK")
+    if not group.wait(_PLACEMENT_S):
+        with contextlib.suppress(ray.exceptions.RayError):
+            remove_placement_group(group)
+        wanted = f"{len(bundles)} x {'GPU' if 'GPU' in bundles[0] else 'CPU'}"
+        free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
+        raise PipelineError(
+            f"the cluster has no room for {wanted} (free: {free or 'nothing'}); "
+            "use fewer stages or end what else is running there"
+        )
+    return group
+
+
+def _cause(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    return f"{cause}".partition("\n")[0] or type(cause).__name__
