@@ -99,7 +99,7 @@ template <> struct Format<TYPE_Q4_K> {
 #pragma unroll
       for (i32 i = 0; i < 4; i++) c.word[g][i] = (i32)((q.word[i] >> (4 * g)) & 0x0f0f0f0fu);
       c.scale[g] = d * (float)scale;
-      c.minimum[g] = -dmin * (float)minimum;
+      c.minimum[g] = dmin * (float)-minimum;
     }
     return c;
   }
