@@ -2,7 +2,9 @@
 // partition of positions or all of them; partitions are always computed apart and folded in order, so that who computes
 // them does not change the result.
 //
-// T. Dao et al., FlashAttention, 2022 (the fold); Flash-Decoding, 2023 (splitting the context).
+// Sources: T. Dao et al., FlashAttention, 2022 (the fold); Flash-Decoding, 2023 (splitting the context).
+#include "cpu/attention.h"
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -14,8 +16,9 @@
 namespace redshard {
 namespace {
 
-constexpr i64 kMaxRows = 64;       // query rows of a tile; a token has one for each query head of the group
-constexpr i64 kTasksPerThread = 4; // with fewer tasks than these, contexts are split
+constexpr i64 kMaxRows = 64;        // query rows of a tile; a token has one for each query head of the group
+constexpr i64 kTasksPerThread = 4;  // with fewer tasks than these, contexts are split
+constexpr i64 kScratchBytes = 32 << 20;  // enough for many rows, and always granted for one
 
 void check(const AttentionArguments& a) {
   require(a.step && a.positions && a.query_starts && a.block_tables && a.q && a.k_cache && a.v_cache,
@@ -205,6 +208,11 @@ class Attention {
 void run(ThreadPool& pool, Isa isa, const AttentionArguments& a) { Attention(pool, isa, a).run(); }
 
 }  // namespace
+
+i64 attention_scratch_bytes(i64 rows, i64 n_heads, i64 value_dim, i64 max_context) {
+  const i64 row_bytes = n_heads * ceil_div(max_context, kPartition) * partial_floats(value_dim) * i64{sizeof(float)};
+  return std::min(rows * row_bytes, std::max(row_bytes, kScratchBytes));
+}
 
 const Kernel attention_kernel = make_kernel<AttentionArguments, check, run>("attention");
 

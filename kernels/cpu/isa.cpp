@@ -48,7 +48,7 @@ bool is_compiled(Isa isa) {
   return isa == Isa::portable || vector_ops_avx512() != nullptr;
 }
 
-constexpr i64 kTrialWidth = 64, kTrialRows = 2;
+constexpr i64 kTrialWidth = 64, kTrialRows = 32;
 
 // A norm, a quantization and products with 8-bit weights: some of every instruction set's own code.
 struct Trial {

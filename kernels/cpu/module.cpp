@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "cpu/argument_layouts.h"
+#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
 #include "cpu/memory.h"
@@ -95,6 +96,13 @@ NB_MODULE(redshard_cpu, module) {
         return layouts;
       },
       "{structure: [(field, offset, bytes)]} of the argument blocks as the kernels see them.");
+
+  module.def(
+      "check", [](const std::string& kernel, const nb::bytes& arguments) { Launch(kernel, arguments); },
+      nb::arg("kernel"), nb::arg("arguments"), "Raise ValueError where `launch` would, without running anything.");
+  module.def("attention_scratch_bytes", &attention_scratch_bytes, nb::arg("rows"), nb::arg("n_heads"),
+             nb::arg("value_dim"), nb::arg("max_context"),
+             "Bytes of scratch with which `attention` can split long contexts over the threads.");
 
   nb::class_<Graph>(module, "Graph", "A recorded sequence of operations.")
       .def(
