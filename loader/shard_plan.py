@@ -14,21 +14,13 @@ from itertools import accumulate
 
 from loader.gguf_file import TensorInfo
 from loader.model_config import ModelConfig, ModelTensors
+from loader.units import BYTE_UNITS, format_bytes
 
 KV_ELEMENT_BYTES = 2
 #: Memory of a device that is neither weights nor cache: activations, staging buffers, the runtime itself.
 DEFAULT_OVERHEAD_BYTES = 512 << 20
 MAX_DEVICES = 1024
 
-_UNITS = {
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-    "TiB": 1 << 40,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
 _GPUS = re.compile(r"(?:(?P<count>\d{1,6})x)?(?P<size>\d{1,12}(?:\.\d{1,6})?)(?P<unit>[A-Za-z]+)")
 
 
@@ -85,9 +77,10 @@ class StagePlan:
 
     Attributes:
         device: index into the devices given.
+        first, last: layers [first, last); none where the stage only embeds tokens or only makes logits.
         weight_bytes: of its layers, and of the embedding or the output matrix where it has them.
         kv_bytes: keys and values of all the tokens asked for.
-        kv_tokens: how many tokens' keys and values would fit beside the weights.
+        kv_tokens: how many tokens' keys and values would fit beside the weights; None without layers.
         free_bytes: left when weights, the tokens asked for, and the overhead are in place.
     """
 
@@ -96,13 +89,13 @@ class StagePlan:
     last: int
     weight_bytes: int
     kv_bytes: int
-    kv_tokens: int
+    kv_tokens: int | None
     free_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """A contiguous split of all layers, one stage per device, in order."""
+    """A contiguous split of the model, one stage per device, in order."""
 
     stages: tuple[StagePlan, ...]
 
@@ -111,17 +104,17 @@ class ShardPlan:
     @property
     def kv_tokens(self) -> int:
         """Tokens that fit into the cache of every stage."""
-        return min(stage.kv_tokens for stage in self.stages)
+        return min(stage.kv_tokens for stage in self.stages if stage.kv_tokens is not None)
 
     def as_rows(self) -> list[tuple[str, ...]]:
         """A row of text for each stage, under `COLUMNS`."""
         return [
             (
                 str(stage.device),
-                f"{stage.first}-{stage.last - 1}",
+                f"{stage.first}-{stage.last - 1}" if stage.first < stage.last else "none",
                 format_bytes(stage.weight_bytes),
                 format_bytes(stage.kv_bytes),
-                f"{stage.kv_tokens:,}",
+                "-" if stage.kv_tokens is None else f"{stage.kv_tokens:,}",
                 format_bytes(stage.free_bytes),
             )
             for stage in self.stages
@@ -131,7 +124,10 @@ class ShardPlan:
 def plan_shards(
     size: ModelSize, devices: Sequence[Device], kv_tokens: int, overhead_bytes: int = DEFAULT_OVERHEAD_BYTES
 ) -> ShardPlan:
-    """Split a model over devices, at least one layer on each, the slowest stage as fast as can be.
+    """Split a model over devices, the slowest stage as fast as can be.
+
+    The first device may hold nothing but the token embedding and the last one nothing but the output matrix; the
+    others have at least one layer each.
 
     Args:
         size: of the model.
@@ -140,14 +136,14 @@ def plan_shards(
         overhead_bytes: what a device needs besides weights and cache.
 
     Raises:
-        PlanError: there are more devices than layers, or the model or its cache does not fit.
+        PlanError: there are too many devices for the layers, or the model or its cache does not fit.
     """
     if not devices:
         raise PlanError("there is no device to put the model on")
-    if len(devices) > len(size.layers):
+    if len(devices) > len(size.layers) + 2:
         raise PlanError(
-            f"{len(devices)} devices are too many for {len(size.layers)} layers; "
-            f"use at most {len(size.layers)}"
+            f"{len(devices)} devices are too many for {len(size.layers)} layers, an embedding and an output matrix; "
+            f"use at most {len(size.layers) + 2}"
         )
     problem = _Problem(size, devices, overhead_bytes)
     bounds = problem.balance(kv_tokens)
@@ -167,25 +163,17 @@ def parse_gpus(text: str) -> list[Device]:
     devices: list[Device] = []
     for item in text.split(","):
         match = _GPUS.fullmatch(item.strip())
-        if match is None or match["unit"] not in _UNITS:
+        if match is None or match["unit"] not in BYTE_UNITS:
             raise PlanError(
                 f"{item.strip()!r} is not a number of GPUs and their memory, such as 4x16GiB or 8GiB"
             )
-        count, memory = int(match["count"] or 1), int(float(match["size"]) * _UNITS[match["unit"]])
+        count, memory = int(match["count"] or 1), int(float(match["size"]) * BYTE_UNITS[match["unit"]])
         if not memory or not 0 < count <= MAX_DEVICES - len(devices):
             raise PlanError(
                 f"{item.strip()!r} must give 1 to {MAX_DEVICES} GPUs, all together, with some memory"
             )
         devices += [Device(memory)] * count
     return devices
-
-
-def format_bytes(nbytes: int) -> str:
-    """A size for people: ``1.50 GiB``, ``-20.0 MiB``."""
-    for unit in ("GiB", "MiB", "KiB"):
-        if abs(nbytes) >= _UNITS[unit]:
-            return f"{nbytes / _UNITS[unit]:.{2 if unit == 'GiB' else 1}f} {unit}"
-    return f"{nbytes} B"
 
 
 class _Problem:
@@ -200,15 +188,15 @@ class _Problem:
         self.n_layers = len(size.layers)
         self._weights_before = [0, *accumulate(size.layers)]
 
-    def weight_bytes(self, first: int, last: int) -> int:
+    def weight_bytes(self, device: int, first: int, last: int) -> int:
         weights = self._weights_before[last] - self._weights_before[first]
-        has_input, has_output = first == 0, last == self.n_layers
+        has_input, has_output = device == 0, device == len(self.devices) - 1
         weights += self.size.input * has_input + self.size.output * has_output
         return weights - self.size.shared * (has_input and has_output)
 
     def free_bytes(self, device: int, first: int, last: int, kv_tokens: int) -> int:
         kv_bytes = (last - first) * self.size.kv_per_token * kv_tokens
-        used = self.weight_bytes(first, last) + kv_bytes + self.overhead_bytes
+        used = self.weight_bytes(device, first, last) + kv_bytes + self.overhead_bytes
         return self.devices[device].memory_bytes - used
 
     def stage(self, device: int, first: int, last: int, kv_tokens: int) -> StagePlan:
@@ -217,9 +205,9 @@ class _Problem:
             device=device,
             first=first,
             last=last,
-            weight_bytes=self.weight_bytes(first, last),
+            weight_bytes=self.weight_bytes(device, first, last),
             kv_bytes=kv_per_token * kv_tokens,
-            kv_tokens=self.free_bytes(device, first, last, 0) // kv_per_token,
+            kv_tokens=self.free_bytes(device, first, last, 0) // kv_per_token if kv_per_token else None,
             free_bytes=self.free_bytes(device, first, last, kv_tokens),
         )
 
@@ -228,7 +216,7 @@ class _Problem:
         read = self._weights_before[last] - self._weights_before[first]
         read += (last - first) * self.size.kv_per_token * kv_tokens
         # Of the token embedding a step reads only a few rows; of the output matrix everything.
-        read += self.size.output * (last == self.n_layers)
+        read += self.size.output * (device == len(self.devices) - 1)
         memory = self.devices[device].memory_bytes
         speed = self.devices[device].speed or memory
         return read / speed, 1 - self.free_bytes(device, first, last, kv_tokens) / memory
@@ -254,11 +242,12 @@ class _Problem:
         return best[self.n_layers][1] if self.n_layers in best else None
 
     def _ends(self, device: int, first: int) -> range:
-        """Where the device's layers may end: each later device still gets one, the last takes the rest."""
-        devices_after = len(self.devices) - device - 1
-        if devices_after == 0:
+        """Where the device's layers may end: those between the first and the last device have at least one."""
+        last_device = len(self.devices) - 1
+        if device == last_device:
             return range(self.n_layers, self.n_layers + 1)
-        return range(first + 1, self.n_layers - devices_after + 1)
+        least = 0 if device == 0 else 1
+        return range(first + least, self.n_layers - (last_device - device - 1) + 1)
 
     def explain(self, kv_tokens: int) -> str:
         """Why `kv_tokens` do not fit, and how many would."""
@@ -282,7 +271,7 @@ class _Problem:
 
     def _least_memory(self) -> int:
         """The memory with which as many equal devices would hold the weights."""
-        low, high = 0, self.overhead_bytes + self.weight_bytes(0, self.n_layers)
+        low, high = 0, self.overhead_bytes + sum(self.size.layers) + self.size.input + self.size.output
         while low < high:
             middle = (low + high) // 2
             problem = _Problem(self.size, [Device(middle)] * len(self.devices), self.overhead_bytes)

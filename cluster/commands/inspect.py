@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.units import format_bytes, format_count
 from loader.gguf_file import GGUFFile
 from loader.model_config import ModelConfig, UnsupportedModelError
+from loader.units import format_bytes, format_count
 
 
 def inspect(

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.text_files import read_lines
 from cluster.errors import ParameterError
 from loader.gguf_file import GGUFFile
 from loader.tokenizer import Tokenizer

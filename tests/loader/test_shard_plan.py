@@ -13,7 +13,8 @@ from support.gguf_models import tiny_config, write_model
 
 from loader.gguf_file import GGUFFile
 from loader.model_config import ModelTensors
-from loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, format_bytes, parse_gpus, plan_shards
+from loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, parse_gpus, plan_shards
+from loader.units import format_bytes
 
 GIB = 1 << 30
 
@@ -22,23 +23,25 @@ def even_model(n_layers: int = 32, layer: int = 100, ends: int = 0) -> ModelSize
     return ModelSize((layer,) * n_layers, input=ends, output=ends, shared=0, kv_per_token=4)
 
 
-def stage_bytes(size: ModelSize, first: int, last: int, kv_tokens: int, overhead: int) -> int:
+def stage_bytes(
+    size: ModelSize, first: int, last: int, kv_tokens: int, overhead: int, ends: tuple[bool, bool]
+) -> int:
+    """Bytes of layers [first, last); `ends` says whether the stage is the first and whether it is the last."""
     total = sum(size.layers[first:last]) + (last - first) * size.kv_per_token * kv_tokens + overhead
-    if first == 0:
-        total += size.input
-    if last == len(size.layers):
-        total += size.output
-        if first == 0:
-            total -= size.shared
-    return total
+    total += size.input * ends[0] + size.output * ends[1]
+    return total - size.shared * all(ends)
+
+
+def ends_of(n_stages: int) -> list[tuple[bool, bool]]:
+    return [(i == 0, i == n_stages - 1) for i in range(n_stages)]
 
 
 def slowest_step(size: ModelSize, devices: list[Device], bounds: list[int], kv_tokens: int) -> float:
     times = []
-    for device, (first, last) in zip(devices, itertools.pairwise(bounds), strict=True):
+    stages = zip(devices, itertools.pairwise(bounds), ends_of(len(devices)), strict=True)
+    for device, (first, last), (_, is_last) in stages:
         read = sum(size.layers[first:last]) + (last - first) * size.kv_per_token * kv_tokens
-        if last == len(size.layers):
-            read += size.output
+        read += size.output * is_last
         times.append(read / (device.speed or device.memory_bytes))
     return max(times)
 
@@ -51,15 +54,18 @@ def check_plan(
     assert plan.stages[-1].last == len(size.layers)
     for before, after in itertools.pairwise(plan.stages):
         assert before.last == after.first
-    for stage, device in zip(plan.stages, devices, strict=True):
-        assert stage.last > stage.first
-        used = stage_bytes(size, stage.first, stage.last, kv_tokens, overhead)
+    for stage, device, ends in zip(plan.stages, devices, ends_of(len(devices)), strict=True):
+        assert stage.last > stage.first or any(ends)
+        used = stage_bytes(size, stage.first, stage.last, kv_tokens, overhead, ends)
         assert stage.free_bytes == device.memory_bytes - used >= 0
         assert stage.weight_bytes + stage.kv_bytes + overhead == used
+        if stage.kv_tokens is None:
+            assert stage.first == stage.last
+            continue
         assert stage.kv_tokens >= kv_tokens
         # One token more than it says does not fit.
-        most = stage_bytes(size, stage.first, stage.last, stage.kv_tokens, overhead)
-        more = stage_bytes(size, stage.first, stage.last, stage.kv_tokens + 1, overhead)
+        most = stage_bytes(size, stage.first, stage.last, stage.kv_tokens, overhead, ends)
+        more = stage_bytes(size, stage.first, stage.last, stage.kv_tokens + 1, overhead, ends)
         assert most <= device.memory_bytes < more
 
 
@@ -76,7 +82,7 @@ def problems(draw: st.DrawFn) -> tuple[ModelSize, list[Device], int, int]:
     )
     speeds = st.integers(1, 5).map(float) if draw(st.booleans()) else st.none()
     devices = draw(
-        st.lists(st.builds(Device, st.integers(1, 300), speeds), min_size=1, max_size=min(4, len(layers)))
+        st.lists(st.builds(Device, st.integers(1, 300), speeds), min_size=1, max_size=min(4, len(layers) + 2))
     )
     return size, devices, draw(st.integers(0, 20)), draw(st.integers(0, 20))
 
@@ -86,11 +92,13 @@ def problems(draw: st.DrawFn) -> tuple[ModelSize, list[Device], int, int]:
 def test_plan_is_the_best_of_all_splits(problem: tuple[ModelSize, list[Device], int, int]) -> None:
     size, devices, kv_tokens, overhead = problem
     fitting = []
-    for cuts in itertools.combinations(range(1, len(size.layers)), len(devices) - 1):
+    for cuts in itertools.combinations_with_replacement(range(len(size.layers) + 1), len(devices) - 1):
         bounds = [0, *cuts, len(size.layers)]
+        stages = list(zip(devices, itertools.pairwise(bounds), ends_of(len(devices)), strict=True))
         if all(
-            stage_bytes(size, first, last, kv_tokens, overhead) <= device.memory_bytes
-            for device, (first, last) in zip(devices, itertools.pairwise(bounds), strict=True)
+            (last > first or any(ends))
+            and stage_bytes(size, first, last, kv_tokens, overhead, ends) <= device.memory_bytes
+            for device, (first, last), ends in stages
         ):
             fitting.append(bounds)
     if not fitting:
@@ -150,11 +158,11 @@ def test_memory_outweighs_speed() -> None:
 def test_tied_embedding_is_held_once_on_one_device_and_twice_on_two() -> None:
     size = ModelSize((10, 10), input=1000, output=1001, shared=1000, kv_per_token=1)
     assert plan_shards(size, [Device(2000)], 0, 0).stages[0].weight_bytes == 1021
-    assert [s.weight_bytes for s in plan_shards(size, [Device(2000)] * 2, 0, 0).stages] == [1010, 1011]
+    assert [s.weight_bytes for s in plan_shards(size, [Device(2000)] * 2, 0, 0).stages] == [1020, 1001]
 
 
 def test_refusals_say_what_to_do() -> None:
-    with pytest.raises(PlanError, match="5 devices are too many for 2 layers; use at most 2"):
+    with pytest.raises(PlanError, match=r"5 devices are too many for 2 layers.*use at most 4"):
         plan_shards(even_model(2), [Device(GIB)] * 5, 0)
     with pytest.raises(PlanError, match="no device"):
         plan_shards(even_model(2), [], 0)
