@@ -1,0 +1,198 @@
+"""A worker from file to answers: loading, budgets, figures, memory, and the actor class around it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.gguf_models import tiny_config, write_model
+from support.stages import LIMITS, split
+
+from loader.gguf_file import GGUFError
+from loader.quant_types import QuantType
+from worker.configuration import PoolSettings, WorkerConfiguration
+from worker.device.base import DeviceError
+from worker.device.choose import open_device
+from worker.forward import StagePart
+from worker.gpu_worker import GpuWorker
+from worker.packing import PoolError
+from worker.step_batch import StepBatch, StepResult
+from worker.worker import Worker
+
+CONFIG = tiny_config("qwen3", n_layers=3)
+WHOLE = StagePart(range(3), is_first=True, is_last=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("worker") / "model.gguf", CONFIG, QuantType.Q8_0)
+
+
+def _worker() -> Worker:
+    return Worker(open_device("cpu", 2))
+
+
+def _batch(n_tokens: int = 3) -> StepBatch:
+    positions = np.arange(n_tokens, dtype=np.int32)
+    return StepBatch(
+        step_id=0,
+        token_ids=positions + 5,
+        positions=positions,
+        query_starts=np.array([0, n_tokens], np.int32),
+        block_tables=np.array([[2]], np.int32),
+        output_rows=positions,
+        return_logits=True,
+    )
+
+
+def test_figures(model: Path) -> None:
+    worker = _worker()
+    reports: list[tuple[int, int]] = []
+    stats = worker.load(model, WHOLE, LIMITS, progress=lambda done, total: reports.append((done, total)))
+    assert reports[-1] == (stats.weight_bytes, stats.weight_bytes)
+    assert (stats.kind, stats.first_layer, stats.end_layer) == ("cpu", 0, 3)
+    cached = LIMITS.n_kv_blocks * LIMITS.block_size
+    assert stats.kv_bytes == 2 * 3 * cached * CONFIG.n_kv_heads * (CONFIG.head_dim + CONFIG.value_dim)
+    table_row = QuantType.Q8_0.nbytes((CONFIG.n_embd,))
+    assert stats.weight_bytes_per_token == stats.weight_bytes - (CONFIG.n_vocab - 1) * table_row
+    held = worker.memory_map()
+    assert held.allocated_bytes == stats.weight_bytes + stats.kv_bytes + stats.other_bytes
+    worker.run(_batch())
+    worker.run(_batch())
+    assert (worker.stats().steps, worker.stats().tokens) == (2, 6)
+    assert worker.stats().busy_s > 0
+    worker.close()
+
+
+def test_parts_add_up_to_the_model(model: Path) -> None:
+    whole = _worker()
+    expected = whole.load(model, WHOLE, LIMITS)
+    total = per_token = 0
+    for part in split(3, 5):
+        worker = _worker()
+        stats = worker.load(model, part, LIMITS)
+        total += stats.weight_bytes
+        per_token += stats.weight_bytes_per_token
+        worker.close()
+    assert (total, per_token) == (expected.weight_bytes, expected.weight_bytes_per_token)
+    whole.close()
+
+
+def test_few_allocations_and_none_in_steps(model: Path) -> None:
+    worker = Worker(
+        open_device("cpu", 2), WorkerConfiguration(pool=PoolSettings(segment_bytes=1 << 18, alignment=256))
+    )
+    stats = worker.load(model, WHOLE, LIMITS)
+    loaded = worker.memory_map()
+    assert loaded.allocations <= -(-stats.weight_bytes // (1 << 18)) + 8
+    for n_tokens in (1, 2, 16):
+        worker.run(_batch(n_tokens))
+    assert worker.memory_map() == loaded
+    worker.close()
+
+
+@pytest.mark.parametrize("extra", [0, 1 << 20, 7_654_321])
+def test_a_budget_is_used_but_not_exceeded(model: Path, extra: int) -> None:
+    limits = replace(LIMITS, n_kv_blocks=10)
+    probe = _worker()
+    probe.load(model, WHOLE, limits)
+    budget = probe.memory_map().allocated_bytes + extra
+    probe.close()
+    worker = _worker()
+    stats = worker.load(model, WHOLE, replace(limits, n_kv_blocks=1), memory_budget=budget)
+    allocated = worker.memory_map().allocated_bytes
+    per_block = stats.kv_bytes // stats.n_kv_blocks
+    assert budget - 3 * per_block < allocated <= budget
+    assert worker.run(_batch()).logits.shape == (3, CONFIG.n_vocab)
+    worker.close()
+
+
+def test_a_budget_too_small(model: Path) -> None:
+    worker = _worker()
+    with pytest.raises(PoolError, match=r"room for 0 cache blocks of 16 tokens, but at least 1024"):
+        worker.load(model, WHOLE, LIMITS, memory_budget=1 << 20)
+    worker.close()
+
+
+def test_no_room_on_the_device(model: Path) -> None:
+    worker = _worker()
+    with pytest.raises(PoolError, match="kv cache"):
+        worker.load(model, WHOLE, replace(LIMITS, n_kv_blocks=1 << 26))
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        StagePart(range(4), True, True),
+        StagePart(range(1, 3), True, True),
+        StagePart(range(2), True, True),
+        StagePart(range(1, 1), False, False),
+        StagePart(range(0, 3, 2), False, False),
+        StagePart(range(-1, 3), False, True),
+    ],
+)
+def test_parts_that_are_none(model: Path, part: StagePart) -> None:
+    worker = _worker()
+    with pytest.raises(ValueError, match="layer"):
+        worker.load(model, part, LIMITS)
+    worker.close()
+
+
+def test_wrong_use(model: Path, tmp_path: Path) -> None:
+    worker = _worker()
+    for call in (lambda: worker.run(_batch()), worker.stats):
+        with pytest.raises(ValueError, match="not loaded"):
+            call()
+    with pytest.raises(GGUFError, match=r"missing\.gguf"):
+        worker.load(tmp_path / "missing.gguf", WHOLE, LIMITS)
+    worker.load(model, WHOLE, LIMITS)
+    with pytest.raises(ValueError, match="already"):
+        worker.load(model, WHOLE, LIMITS)
+    worker.close()
+    worker.close()
+
+
+def test_devices_that_are_not_there() -> None:
+    for kind in ("hip", "cuda"):
+        with pytest.raises(DeviceError, match=kind):
+            open_device(kind)
+    with pytest.raises(DeviceError, match="'tpu'"):
+        open_device("tpu")
+
+
+@pytest.fixture
+def root_logger() -> Iterator[logging.Logger]:
+    """The root logger, which an actor sets up for its process; restored afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield root
+    root.handlers[:], root.level = handlers, level
+
+
+def test_actor_class(model: Path, root_logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = split(3, 2)
+    workers = [GpuWorker(stage, "cpu", 1) for stage in range(2)]
+    assert workers[0].ping() == os.getpid()
+    assert workers[0].progress() == (0, 0)
+    stats = [workers[0].load(str(model), first, LIMITS), workers[1].load(str(model), second, LIMITS)]
+    assert f"INFO stage 1 (pid {os.getpid()}): loaded layers [1, 3)" in capsys.readouterr().err
+    assert workers[0].progress() == (stats[0].weight_bytes, stats[0].weight_bytes)
+    result = workers[1].run(_batch(), workers[0].run(_batch()))
+    assert isinstance(result, StepResult)
+    assert workers[1].stats()["steps"] == 1
+    assert workers[1].memory_map()["allocated_bytes"] > stats[1].weight_bytes
+    for worker in workers:
+        worker.close()
+
+
+def test_modules_do_not_need_ray() -> None:
+    code = "import sys; import worker.gpu_worker; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
