@@ -13,6 +13,7 @@ from support.reference_model import ReferenceModel
 from support.stages import Pipeline, relative_error
 
 from loader.quant_types import QuantType
+from worker.device.choose import open_device
 
 F16, F32, BF16 = QuantType.F16, QuantType.F32, QuantType.BF16
 Q4_0, Q8_0, Q4_K, Q6_K = QuantType.Q4_0, QuantType.Q8_0, QuantType.Q4_K, QuantType.Q6_K
@@ -96,6 +97,17 @@ def test_chunks_and_stages_change_nothing(quant_type: QuantType, tmp_path: Path)
     for n_stages in (2, 3, 5):
         with Pipeline(path, n_stages, seed=n_stages) as pipeline:
             np.testing.assert_array_equal(pipeline.logits_in_chunks(tokens, 17, 1), whole)
+
+
+def test_threads_change_nothing(tmp_path: Path) -> None:
+    types = _by_role({"attn": Q8_0, "ffn_up": F16, "ffn_down": Q4_0}, Q8_0)
+    path = write_model(tmp_path / "model.gguf", tiny_config("qwen2"), types)
+    results = []
+    for n_threads in (1, 2, 5):
+        with Pipeline(path, devices=[open_device("cpu", n_threads)]) as pipeline:
+            results.append(pipeline.logits_in_chunks(_tokens(path), 100, 1))
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
 
 
 def _tokens(path: Path) -> np.ndarray:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from support.gguf_models import tiny_config, write_model
@@ -42,7 +42,7 @@ def test_peak_resident_memory(tmp_path: Path) -> None:
 
 def _run_and_report(path: Path) -> None:
     """Prefill and decode, then print the figures and this process's peak resident memory in bytes."""
-    with Pipeline(path) as pipeline:
+    with Pipeline(path, limits=replace(LIMITS, n_kv_blocks=64)) as pipeline:
         sequence = CachedSequence()
         pipeline.logits((sequence, list(range(LIMITS.max_tokens))))
         pipeline.logits((sequence, [1]))
