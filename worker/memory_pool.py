@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from loader.units import format_bytes
 from worker.configuration import Deadlines, PoolSettings
 from worker.device.base import Device, DeviceError, HostBuffer
-from worker.packing import PackingPlan, Placement, PoolError, align_up, format_bytes
+from worker.packing import PackingPlan, Placement, PoolError, align_up
 from worker.watchdog import Watchdog
 
 __all__ = ["Buffer", "FreeRange", "MemoryMap", "MemoryPool", "PoolError", "SegmentMap", "View"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from loader.units import format_bytes
 from worker.configuration import PoolSettings
 
 
@@ -64,16 +65,6 @@ class PackingPlan:
                 f"total: {format_bytes(self.nbytes)} in {len(self.segments)} segments, {share:.3%} padding",
             ]
         )
-
-
-def format_bytes(nbytes: int) -> str:
-    """A size for people: "3.50 GiB"."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
 
 
 def align_up(value: int, alignment: int) -> int:

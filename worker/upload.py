@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from loader.units import format_bytes
 from worker.configuration import UploadSettings
 from worker.device.base import Event, HostBuffer
 from worker.memory_pool import MemoryPool, View
-from worker.packing import align_up, format_bytes
+from worker.packing import align_up
 from worker.watchdog import Guard
 
 #: Called with (bytes handed to the device, total bytes).

@@ -12,11 +12,12 @@ import numpy as np
 
 from loader.gguf_file import GGUFFile, TensorInfo
 from loader.model_config import ModelConfig, ModelTensors
+from loader.units import format_bytes
 from worker.configuration import WorkerConfiguration
 from worker.device.base import Device
 from worker.forward import StagePart, StageWeights
 from worker.memory_pool import MemoryMap, MemoryPool
-from worker.packing import PoolError, format_bytes, plan_packing
+from worker.packing import PoolError, plan_packing
 from worker.stage import HandoffType, Stage, cache_blocks_in, cache_layout
 from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits

@@ -11,7 +11,7 @@ from support.tensor_lists import llama_3_8b_q4_k, qwen_2_5_0_5b_q8_0
 
 from worker.configuration import PoolSettings
 from worker.memory_pool import PoolError
-from worker.packing import PackingPlan, align_up, format_bytes, plan_packing
+from worker.packing import PackingPlan, align_up, plan_packing
 
 GIB = 1 << 30
 
@@ -108,11 +108,3 @@ def test_the_plan_prints_segments_and_totals():
     text = str(plan_packing(llama_3_8b_q4_k(), PoolSettings()))
     assert text.count("segment ") == 5
     assert "in 5 segments" in text
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (5 << 20, "5.00 MiB"), (3 << 29, "1.50 GiB")],
-)
-def test_format_bytes(nbytes, text):
-    assert format_bytes(nbytes) == text
