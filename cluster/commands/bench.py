@@ -1,0 +1,181 @@
+"""``redshard bench``: how fast a model loads, reads prompts and generates, and how far that is from the machine's limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.commands.loading import (
+    DeviceName,
+    DeviceOption,
+    JsonOption,
+    Loaded,
+    ModelArgument,
+    StagesOption,
+    loaded_model,
+)
+from cluster.completion import Usage
+from cluster.llm import LLM
+from cluster.sampling_params import SamplingParams
+from loader.units import format_bytes
+from worker.bandwidth import host_read_bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Tokens a second.
+
+    Attributes:
+        prompt: reading one prompt.
+        decode: generating one sequence, after its first token.
+        batch: generating several sequences together, after their first tokens.
+    """
+
+    prompt: float
+    decode: float
+    batch: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything `redshard bench` finds out.
+
+    Attributes:
+        load_s: seconds from the command to a model ready to generate.
+        throughput: medians over the rounds.
+        bytes_per_token: weights a decode step reads.
+        bandwidth: bytes a second this machine's memory can be read; None where the model runs on GPUs.
+        overheads_us: microseconds of a decode step by what they were spent on.
+        worker_bytes: what each worker holds on its device.
+    """
+
+    load_s: float
+    throughput: Throughput
+    bytes_per_token: int
+    bandwidth: float | None
+    overheads_us: dict[str, float]
+    worker_bytes: list[int]
+
+    @property
+    def bandwidth_share(self) -> float | None:
+        """How much of the bandwidth decoding uses by its weights alone."""
+        if self.bandwidth is None:
+            return None
+        return self.throughput.decode * self.bytes_per_token / self.bandwidth
+
+
+def bench(
+    model: ModelArgument,
+    stages: StagesOption = 1,
+    device: DeviceOption = DeviceName.AUTO,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each sequence.")] = 64,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of the batch.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to measure; medians are shown.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure loading, prompts, decoding and batches on random tokens."""
+    context = max(prompt, 16 + tokens) + 2
+    options = {"stages": stages, "device": device.value, "max_context": context, "max_sequences": sequences}
+    with loaded_model(model, **options) as loaded:
+        report = measure(loaded, prompt, tokens, sequences, rounds)
+    if as_json:
+        print(json.dumps(asdict(report) | {"bandwidth_share": report.bandwidth_share}, indent=2))
+    else:
+        _show(report, prompt, tokens, sequences)
+
+
+def measure(loaded: Loaded, n_prompt: int, n_tokens: int, n_sequences: int, rounds: int) -> Report:
+    """Run every measurement `rounds` times, in turn, after one round that does not count."""
+    llm = loaded.llm
+    rng = np.random.default_rng(0)
+
+    def once() -> Throughput:
+        return Throughput(
+            _prompt_rate(llm, rng, n_prompt), _decode_rate(llm, rng, 1, n_tokens), _decode_rate(llm, rng, n_sequences, n_tokens)
+        )
+
+    once()
+    results = [once() for _ in range(rounds)]
+    overheads = _overheads(llm, lambda: _decode_rate(llm, rng, 1, n_tokens))
+    workers = llm.stats()["workers"]
+    on_cpu = all(worker["kind"] == "cpu" for worker in workers)
+    return Report(
+        load_s=loaded.load_s,
+        throughput=Throughput(
+            *(statistics.median(getattr(result, name) for result in results) for name in ("prompt", "decode", "batch"))
+        ),
+        bytes_per_token=sum(worker["weight_bytes_per_token"] for worker in workers),
+        bandwidth=host_read_bandwidth(len(os.sched_getaffinity(0))) if on_cpu else None,
+        overheads_us=overheads,
+        worker_bytes=loaded.worker_bytes(),
+    )
+
+
+def _generate(llm: LLM, rng: np.random.Generator, n_prompts: int, length: int, n_tokens: int) -> list[Usage]:
+    prompts = rng.integers(0, llm.config.n_vocab, (n_prompts, length)).tolist()
+    params = SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True)
+    return [completion.usage for completion in llm.generate(prompts, params)]
+
+
+def _prompt_rate(llm: LLM, rng: np.random.Generator, length: int) -> float:
+    (usage,) = _generate(llm, rng, 1, length, 1)
+    return length / usage.first_token_s
+
+
+def _decode_rate(llm: LLM, rng: np.random.Generator, n_sequences: int, n_tokens: int) -> float:
+    """From the moment all sequences have their first token to the end of the last one."""
+    usages = _generate(llm, rng, n_sequences, 1, n_tokens)
+    seconds = max(usage.total_s for usage in usages) - max(usage.first_token_s for usage in usages)
+    return sum(usage.completion_tokens - 1 for usage in usages) / seconds
+
+
+def _overheads(llm: LLM, run: Callable[[], object]) -> dict[str, float]:
+    """Microseconds a step of `run` spends on each part of the run loop; `handoff` is waiting without computing."""
+    before = llm.stats()
+    run()
+    after = llm.stats()
+    times = {key: after["times"][key] - before["times"][key] for key in before["times"]}
+    busy = sum(worker["busy_s"] for worker in after["workers"]) - sum(worker["busy_s"] for worker in before["workers"])
+    seconds = {
+        "schedule": times["schedule_s"],
+        "submit": times["submit_s"],
+        "compute": busy,
+        "handoff": max(times["wait_s"] - busy, 0.0),
+        "complete": times["complete_s"],
+        "detokenize and deliver": times["deliver_s"],
+    }
+    return {name: 1e6 * value / times["steps"] for name, value in seconds.items()}
+
+
+def _show(report: Report, n_prompt: int, n_tokens: int, n_sequences: int) -> None:
+    table = Table(title="Throughput", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rates = report.throughput
+    table.add_row("load", f"{report.load_s:.2f} s")
+    table.add_row(f"prompt of {n_prompt} tokens", f"{rates.prompt:.1f} tok/s")
+    table.add_row(f"decode {n_tokens} tokens", f"{rates.decode:.1f} tok/s")
+    table.add_row(f"decode {n_sequences} sequences together", f"{rates.batch:.1f} tok/s")
+    table.add_row("weights read for a token", format_bytes(report.bytes_per_token))
+    if report.bandwidth is not None:
+        table.add_row("memory reads at", f"{report.bandwidth / 1e9:.1f} GB/s")
+        table.add_row("decode uses of that", f"{report.bandwidth_share:.0%}")
+    table.add_row("workers hold", " + ".join(map(format_bytes, report.worker_bytes)))
+    overheads = Table(title="One decode step", title_justify="left")
+    overheads.add_column("part")
+    overheads.add_column("microseconds", justify="right")
+    for name, value in report.overheads_us.items():
+        overheads.add_row(name, f"{value:,.0f}")
+    console = Console()
+    console.print(table)
+    console.print(overheads)
