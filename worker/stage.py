@@ -28,6 +28,7 @@ from worker.sampler import SampleOutputs, logits_result
 from worker.step_batch import ADJUSTMENT_DTYPE, StepBatch, StepResult
 from worker.step_inputs import BatchError, InputLayout, StepInputs, StepLimits
 
+#: float16 halves the traffic between stages, but overflows on models whose residual stream exceeds 65504.
 HandoffType = Literal["float32", "float16"]
 
 #: A graph for each bucket of rows, ascending.
@@ -130,18 +131,13 @@ class Stage:
 
     def _record(self, weights: StageWeights, layout: InputLayout) -> None:
         """Record the layers once for every bucket of rows, and on the last stage what follows them."""
-        config, limits, cache = self._config, self.limits, self._cache
+        config, limits = self._config, self.limits
         forward = ForwardPass(
             device=self._device,
             weights=weights,
             inputs=layout.addresses(self._input_buffer.address),
             at=self._at,
-            caches=()
-            if cache is None
-            else tuple(
-                ops.LayerCache(cache.keys(layer).address, cache.values(layer).address)
-                for layer in range(len(weights.part.layers))
-            ),
+            caches=self._layer_caches(),
             shape=ops.AttentionShape(
                 n_heads=config.n_heads,
                 n_kv_heads=config.n_kv_heads,
@@ -162,6 +158,15 @@ class Stage:
                 n_top: self._recorded(limits.max_outputs, partial(forward.sample, out=sampled, n_top=n_top))
                 for n_top in (0, MAX_TOP_LOGPROBS)
             }
+
+    def _layer_caches(self) -> tuple[ops.LayerCache, ...]:
+        cache = self._cache
+        if cache is None:
+            return ()
+        return tuple(
+            ops.LayerCache(cache.keys(layer).address, cache.values(layer).address)
+            for layer in range(len(self._part.layers))
+        )
 
     def _recorded(self, max_rows: int, launch: Callable[[int], None]) -> Graphs:
         """One graph for every row count that the device wants a graph of its own for."""
@@ -230,16 +235,16 @@ def cache_blocks_in(nbytes: int, device: Device, weights: StageWeights, limits: 
 
     `limits.n_kv_blocks` counts only for a stage without layers, which has no cache: it can have that many.
     """
-    one = replace(limits, n_kv_blocks=1)
     if not weights.part.layers:
         return limits.n_kv_blocks
     layout = cache_layout(weights, limits)
     rotary = 4 * weights.config.rope.n_rot * limits.max_context
-    fixed = activation_bytes(device, weights, limits) + rotary + InputLayout(one).nbytes
+    inputs = InputLayout(replace(limits, n_kv_blocks=1)).nbytes
+    fixed = activation_bytes(device, weights, limits) + rotary + inputs
     padding = 2 * GROUP_ALIGNMENT * len(weights.part.layers)
     # Each token in the cache may also cost an adjustment in the inputs.
     block = layout.bytes_per_block + ADJUSTMENT_DTYPE.itemsize * limits.block_size
-    return max(0, (nbytes - fixed - padding) // block)
+    return min(max(0, (nbytes - fixed - padding) // block), layout.blocks_in(nbytes))
 
 
 def cache_layout(weights: StageWeights, limits: StepLimits) -> KVCacheLayout:

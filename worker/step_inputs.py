@@ -239,7 +239,7 @@ class StepInputs:
             )
         rows = self._sampling[:n_outputs]
         rows[:] = batch.sampling
-        if not n_adjustments:
+        if not (n_outputs and n_adjustments):
             rows["first_adjustment"] = rows["end_adjustment"] = 0
             return used
         _check_range("adjustments' tokens", batch.adjustments["token"], self._n_vocab)

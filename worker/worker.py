@@ -85,7 +85,7 @@ class Worker:
         handoff: HandoffType = "float32",
         progress: Progress | None = None,
     ) -> WorkerStats:
-        """Upload a part of a model and record its steps.
+        """Upload a part of a model and record its steps. After an error the worker can only be closed.
 
         Args:
             path: the model; of a split set, any of its files.

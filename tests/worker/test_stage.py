@@ -104,7 +104,11 @@ def test_a_step_without_outputs(pipeline: Pipeline) -> None:
     prompt = _prompt(30)
     whole = pipeline.logits_in_chunks(prompt)
     sequence = CachedSequence()
-    silent = replace(pipeline.batch([(sequence, prompt[:20])]), output_rows=np.empty(0, np.int32))
+    silent = replace(
+        pipeline.batch([(sequence, prompt[:20])]),
+        output_rows=np.empty(0, np.int32),
+        adjustments=np.zeros(1, ADJUSTMENT_DTYPE),
+    )
     result = pipeline.run(silent)
     assert result.tokens.shape == (0,)
     assert pipeline.run(replace(silent, return_logits=True)).logits.shape == (0, N_VOCAB)
