@@ -178,7 +178,8 @@ class Draw {
         if (mass >= wanted) break;
       }
     }
-    if (row_.min_p > 0 && row_.min_p <= 1) {
+    const bool whole_count_needed = limits_count() && limits_mass();  // top-p is a share of what top-k keeps
+    if (row_.min_p > 0 && row_.min_p <= 1 && !whole_count_needed) {
       last = std::min(last, bucket(largest_ + std::log(row_.min_p)) + 1);
     }
     return last;

@@ -1,4 +1,4 @@
-"""The CPU device: host memory and the native kernels of `redshard_cpu`; a call returns when its work is done."""
+"""The CPU device: host memory and the native kernels of `redshard_cpu`; calls return when they are done."""
 
 from __future__ import annotations
 
