@@ -219,7 +219,7 @@ class StepInputs:
         last_blocks = positions[batch.query_starts[1:] - 1] // self.limits.block_size
         tables = batch.block_tables
         used = np.arange(tables.shape[1]) <= last_blocks[:, None]
-        if (((tables < 0) | (tables >= self.limits.n_kv_blocks)) & used).any():
+        if ((tables.view(np.uint32) >= self.limits.n_kv_blocks) & used).any():
             raise BatchError(
                 f"step {batch.step_id}: block_tables must hold block numbers from 0 to "
                 f"{self.limits.n_kv_blocks - 1}"
@@ -257,7 +257,8 @@ class StepInputs:
 
 
 def _check_range(what: str, values: np.ndarray, end: int) -> None:
-    if len(values) and (values.min() < 0 or values.max() >= end):
+    # As unsigned numbers, negative ones are too large as well.
+    if len(values) and values.view(np.uint32).max() >= end:
         raise BatchError(
             f"{what} must lie between 0 and {end - 1}, but range from {values.min()} to {values.max()}"
         )
