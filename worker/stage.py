@@ -256,7 +256,13 @@ def cache_layout(weights: StageWeights, limits: StepLimits) -> KVCacheLayout:
 
 def scratch_bytes(device: Device, config: ModelConfig, limits: StepLimits) -> int:
     """What attention wants besides its inputs and outputs."""
-    return device.scratch_bytes(limits.max_tokens, config.n_heads, config.value_dim, limits.max_context)
+    return device.scratch_bytes(
+        limits.max_tokens,
+        limits.max_sequences,
+        config.n_heads,
+        config.value_dim,
+        limits.table_width * limits.block_size,
+    )
 
 
 def activation_bytes(device: Device, weights: StageWeights, limits: StepLimits) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from loader.units import format_bytes
+from loader.quant_types import QuantType
 from worker.configuration import UploadSettings
 from worker.device.base import Event, HostBuffer
 from worker.memory_pool import MemoryPool, View
@@ -44,18 +45,27 @@ class StoredTensor(Protocol):
     def offset(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def type(self) -> QuantType: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Bytes of one tensor that pass through a staging buffer together."""
+    """Blocks of one tensor that pass through a staging buffer together: the first of them at byte `start`."""
 
-    tensor: str
-    path: Path
-    file_offset: int
-    nbytes: int
+    tensor: StoredTensor
     address: int
+    start: int
+    nbytes: int
     staging_offset: int
+
+    @property
+    def path(self) -> Path:
+        return Path(self.tensor.path)
+
+    @property
+    def file_offset(self) -> int:
+        return self.tensor.offset + self.start
 
 
 def upload(
@@ -122,14 +132,15 @@ def _batches(
     for tensor in tensors:
         address = views[tensor.name].address
         done = 0
+        block_bytes = tensor.type.block_bytes
         while done < tensor.nbytes:
-            if used >= staging_bytes:
+            room = max(0, staging_bytes - used) // block_bytes * block_bytes
+            if not room:
                 yield batch
                 batch, used = [], 0
-            nbytes = min(tensor.nbytes - done, staging_bytes - used)
-            batch.append(
-                _Piece(tensor.name, Path(tensor.path), tensor.offset + done, nbytes, address + done, used)
-            )
+                continue
+            nbytes = min(tensor.nbytes - done, room)
+            batch.append(_Piece(tensor, address, done, nbytes, used))
             done += nbytes
             used = align_up(used + nbytes, _STAGING_ALIGNMENT)
     if batch:
@@ -160,10 +171,18 @@ class _Staging:
         for piece in batch:
             files.read(piece, buffer.array.data[piece.staging_offset : piece.staging_offset + piece.nbytes])
         with self._guard(
-            f"copying tensor {batch[0].tensor!r} and {len(batch) - 1} more pieces to the device"
+            f"copying tensor {batch[0].tensor.name!r} and {len(batch) - 1} more pieces to the device"
         ):
             for piece in batch:
-                device.copy_in(piece.address, buffer, piece.nbytes, piece.staging_offset)
+                device.copy_in_blocks(
+                    piece.address,
+                    buffer,
+                    piece.nbytes,
+                    piece.staging_offset,
+                    piece.tensor.type,
+                    piece.start,
+                    piece.tensor.nbytes,
+                )
             self._events[self._turn] = device.record_event()
         self._turn = (self._turn + 1) % len(self._buffers)
         self._in_flight += sum(piece.nbytes for piece in batch)
@@ -207,11 +226,11 @@ class _Files:
                 count = os.preadv(descriptor, [target[done:]], piece.file_offset + done)
             except OSError as error:
                 raise UploadError(
-                    f"cannot read tensor {piece.tensor!r} from {piece.path}: {error}"
+                    f"cannot read tensor {piece.tensor.name!r} from {piece.path}: {error}"
                 ) from error
             if count == 0:
                 raise UploadError(
-                    f"{piece.path} is cut short: tensor {piece.tensor!r} needs bytes up to "
+                    f"{piece.path} is cut short: tensor {piece.tensor.name!r} needs bytes up to "
                     f"{piece.file_offset + piece.nbytes}, the file ends at {piece.file_offset + done}"
                 )
             done += count

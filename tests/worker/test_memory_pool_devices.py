@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from loader.quant_types import QuantType
 from worker.configuration import PoolSettings, UploadSettings
 from worker.device.base import Device, DeviceError
 from worker.device.choose import open_device
@@ -36,7 +37,9 @@ def test_uploaded_bytes_come_back(device, readback, tmp_path: Path):
     (tmp_path / "model").write_bytes(data.tobytes())
     starts = np.cumsum([0, *SIZES[:-1]]).tolist()
     tensors = [
-        SimpleNamespace(name=f"t{start}", path=tmp_path / "model", offset=start, nbytes=nbytes)
+        SimpleNamespace(
+            name=f"t{start}", path=tmp_path / "model", offset=start, nbytes=nbytes, type=QuantType.I8
+        )
         for start, nbytes in zip(starts, SIZES, strict=True)
     ]
     settings = PoolSettings(segment_bytes="1MiB", readback=readback, standalone_bytes="64KiB")

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.fake_device import FakeDevice
 
+from loader.quant_types import QuantType
 from worker.configuration import PoolSettings, UploadSettings
 from worker.device.base import DeviceError
 from worker.memory_pool import MemoryPool, PoolError
@@ -29,6 +30,7 @@ class Tensor:
     path: Path
     offset: int
     nbytes: int
+    type: QuantType = QuantType.I8
 
 
 def write_tensors(path, sizes, gap=5):

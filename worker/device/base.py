@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loader.quant_types import QuantType
+
 
 class DeviceError(RuntimeError):
     """A device call failed: says which call, error and device, with the sizes, and a hint where known."""
@@ -90,6 +92,29 @@ class Device(ABC):
     def copy_in(self, destination: int, source: HostBuffer, nbytes: int, offset: int = 0) -> None:
         """Copy `nbytes` at `offset` of a host buffer to device memory, asynchronously."""
 
+    def copy_in_blocks(
+        self,
+        destination: int,
+        source: HostBuffer,
+        nbytes: int,
+        offset: int,
+        quant_type: QuantType,
+        first_byte: int,
+        tensor_bytes: int,
+    ) -> None:
+        """Copy a run of a tensor's blocks to where this device's kernels want them, asynchronously.
+
+        Args:
+            destination: address of the tensor.
+            source: holds the run at `offset`.
+            nbytes: of the run: whole blocks.
+            offset: in `source`.
+            quant_type: of the tensor.
+            first_byte: place of the run in the tensor as its file has it.
+            tensor_bytes: of the whole tensor.
+        """
+        self.copy_in(destination + first_byte, source, nbytes, offset)
+
     @abstractmethod
     def copy_out(self, destination: HostBuffer, source: int, nbytes: int, offset: int = 0) -> None:
         """Copy `nbytes` of device memory into a host buffer at `offset`, asynchronously."""
@@ -126,8 +151,13 @@ class Device(ABC):
         return (max_rows,)
 
     @abstractmethod
-    def scratch_bytes(self, rows: int, n_heads: int, value_dim: int, max_context: int) -> int:
-        """Scratch that `attention` wants for steps of up to `rows` tokens over `max_context` positions."""
+    def scratch_bytes(
+        self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int
+    ) -> int:
+        """Scratch that `attention` wants for steps of up to `rows` tokens of up to `sequences` sequences.
+
+        `max_context` is how many positions the block tables have room for.
+        """
 
     @abstractmethod
     def begin_recording(self) -> None:

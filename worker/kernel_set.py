@@ -1,0 +1,311 @@
+"""The kernels of ``kernels/hip`` for one GPU: which launches make an operation, and the functions they need.
+
+Grids and workgroups here and in the kernels belong together; the constants below name those in the sources.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from loader.quant_types import QuantType
+from worker.arguments import (
+    AttentionArguments,
+    EmbedArguments,
+    MatmulArguments,
+    Matrix,
+    RmsNormArguments,
+    RopeStoreArguments,
+    SampleArguments,
+    SwigluArguments,
+)
+from worker.device.base import DeviceError
+from worker.kernel_images import image_key, read_image, source_root, write_image
+
+#: Row counts that `matmul_vector` and `swiglu_vector` are compiled for; other counts take the tile kernels.
+VECTOR_ROWS = (1, 2, 4, 8)
+
+_ROW_THREADS = 256  # rows.hip
+_ROPE_THREADS, _ROPE_ELEMENTS_PER_LANE = 256, 8  # rope_store.hip
+_VECTOR_THREADS, _WEIGHT_ROWS_PER_WAVE = 128, 2  # matmul_vector.hip
+_SWIGLU_THREADS, _SWIGLU_ROWS = 256, 32
+_TILE_THREADS, _TILE_ROWS = 256, 64  # matmul_tile.hip: rows of weights, 32 in swiglu_tile_64
+_ATTENTION_THREADS, _PARTITION, _HEADS_PER_GROUP = 128, 256, 8  # attention.hip
+_PLANES_THREADS, _PLANES_GROUPS = 256, 1024  # planes.hip
+_SAMPLE_THREADS = 1024  # sample.hip
+
+_TYPES = {
+    quant_type.ggml_id: quant_type
+    for quant_type in (
+        QuantType.F32,
+        QuantType.F16,
+        QuantType.BF16,
+        QuantType.Q4_0,
+        QuantType.Q8_0,
+        QuantType.Q4_K,
+        QuantType.Q6_K,
+    )
+}
+
+#: Fields (offset, bytes) of a block in the order of the planes that kernels/hip/formats.h reads.
+PLANES: dict[QuantType, tuple[tuple[int, int], ...]] = {
+    QuantType.Q4_0: ((2, 16), (0, 2)),
+    QuantType.Q8_0: ((2, 32), (0, 2)),
+    QuantType.Q6_K: ((0, 128), (128, 64), (192, 16), (208, 2)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        source: translation unit, without its suffix; macros: what it is compiled with.
+        kernel: function in it.
+        grid: workgroups; threads: work-items of each.
+        arguments: the block the kernel takes by value.
+    """
+
+    source: str
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    arguments: ctypes.Structure
+    macros: tuple[tuple[str, int], ...] = ()
+
+
+class SplitPlanesArguments(ctypes.Structure):
+    """``SplitPlanesArguments`` of kernels/hip/planes.hip."""
+
+    _fields_ = [
+        ("blocks", ctypes.c_void_p),
+        ("planes", ctypes.c_void_p),
+        ("first_block", ctypes.c_int64),
+        ("blocks_in_all", ctypes.c_int64),
+        ("n_blocks", ctypes.c_int32),
+        ("block_bytes", ctypes.c_int32),
+        ("n_fields", ctypes.c_int32),
+        ("n_groups", ctypes.c_int32),
+        ("field", ctypes.c_int32 * 2 * 4),
+    ]
+
+
+def launches(operation: str, arguments: ctypes.Structure, rows: int, wave_size: int) -> list[Launch]:
+    """The launches that make an operation of `worker.arguments.KERNEL_ARGUMENTS`, in order.
+
+    Args:
+        operation: its name.
+        arguments: its argument block.
+        rows: the most rows the step may have; launches cover as many.
+        wave_size: lanes of the GPU that run together.
+
+    Raises:
+        DeviceError: no such operation, or no kernel for such arguments.
+    """
+    try:
+        plan = _PLANS[operation]
+    except KeyError:
+        raise DeviceError(f"launch of unknown kernel {operation!r}; known are {', '.join(_PLANS)}") from None
+    if rows < 1:
+        raise DeviceError(f"{operation}: a launch must cover at least 1 row, not {rows}")
+    return list(plan(arguments, rows, wave_size))
+
+
+def split_planes(
+    quant_type: QuantType, blocks: int, n_blocks: int, planes: int, first_block: int, blocks_in_all: int
+) -> Launch:
+    """Move a run of `n_blocks` blocks at address `blocks` to their places in the planes at `planes`."""
+    fields = PLANES[quant_type]
+    arguments = SplitPlanesArguments(
+        blocks=blocks,
+        planes=planes,
+        first_block=first_block,
+        blocks_in_all=blocks_in_all,
+        n_blocks=n_blocks,
+        block_bytes=quant_type.block_bytes,
+        n_fields=len(fields),
+    )
+    for i, field in enumerate(fields):
+        arguments.field[i][:] = field
+    arguments.n_groups = min(
+        _PLANES_GROUPS, _groups(n_blocks * quant_type.block_bytes // 2, _PLANES_THREADS)
+    )
+    return Launch("planes", "split_planes", (arguments.n_groups, 1, 1), _PLANES_THREADS, arguments)
+
+
+def attention_scratch_bytes(
+    rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int
+) -> int:
+    """Scratch of `attention`: results of the tiles, and partial results of every partition of a context."""
+    partial_results = min(rows, sequences) * n_heads * _groups(max_context, _PARTITION) * (2 + value_dim)
+    return 4 * (rows * n_heads * value_dim + partial_results)
+
+
+def _embed(a: EmbedArguments, rows: int, wave_size: int) -> Iterable[Launch]:
+    yield Launch("rows", "embed", (rows, 1, 1), _ROW_THREADS, a, _weight_type(a.table))
+
+
+def _rms_norm(a: RmsNormArguments, rows: int, wave_size: int) -> Iterable[Launch]:
+    yield Launch("rows", "rms_norm", (rows, 1, 1), _ROW_THREADS, a)
+
+
+def _matmul(a: MatmulArguments, rows: int, wave_size: int) -> Iterable[Launch]:
+    """A launch for each type among the matrices."""
+    by_type: dict[int, list[int]] = {}
+    for m in range(a.n_matrices):
+        by_type.setdefault(a.w[m].type, []).append(m)
+    for members in by_type.values():
+        part = a
+        if len(by_type) > 1:
+            part = MatmulArguments.from_buffer_copy(a)
+            part.n_matrices = len(members)
+            for place, m in enumerate(members):
+                part.w[place], part.y[place] = a.w[m], a.y[m]
+        macros = _weight_type(part.w[0])
+        heights = [part.w[m].n_rows for m in range(part.n_matrices)]
+        if rows in VECTOR_ROWS:
+            per_group = _WEIGHT_ROWS_PER_WAVE * _VECTOR_THREADS // wave_size
+            grid = (sum(_groups(height, per_group) for height in heights), 1, 1)
+            yield Launch("matmul_vector", f"matmul_vector_{rows}", grid, _VECTOR_THREADS, part, macros)
+        else:
+            tokens = 32 if rows <= 32 else 64
+            grid = (sum(_groups(height, _TILE_ROWS) for height in heights), _groups(rows, tokens), 1)
+            yield Launch("matmul_tile", f"matmul_tile_{tokens}", grid, _TILE_THREADS, part, macros)
+
+
+def _swiglu(a: SwigluArguments, rows: int, wave_size: int) -> Iterable[Launch]:
+    if a.gate.type != a.up.type:
+        raise DeviceError(
+            f"swiglu: gate is {_type_name(a.gate.type)}, up is {_type_name(a.up.type)}; "
+            "GPUs have no kernel for different types"
+        )
+    macros = _weight_type(a.gate)
+    if rows in VECTOR_ROWS:
+        grid = (_groups(a.gate.n_rows, _SWIGLU_ROWS), 1, 1)
+        yield Launch("matmul_vector", f"swiglu_vector_{rows}", grid, _SWIGLU_THREADS, a, macros)
+    else:
+        tokens, tile_rows = (32, 64) if rows <= 32 else (64, 32)
+        grid = (_groups(a.gate.n_rows, tile_rows), _groups(rows, tokens), 1)
+        yield Launch("matmul_tile", f"swiglu_tile_{tokens}", grid, _TILE_THREADS, a, macros)
+
+
+def _rope_store(a: RopeStoreArguments, rows: int, wave_size: int) -> Iterable[Launch]:
+    if a.head_dim > _ROPE_ELEMENTS_PER_LANE * wave_size:
+        raise DeviceError(
+            f"rope_store: heads of {a.head_dim} elements are too large; "
+            f"this GPU's kernel holds {_ROPE_ELEMENTS_PER_LANE * wave_size}"
+        )
+    heads = a.n_heads + 2 * a.n_kv_heads
+    grid = (rows, _groups(heads, _ROPE_THREADS // wave_size), 1)
+    yield Launch("rope_store", "rope_store", grid, _ROPE_THREADS, a)
+
+
+def _attention(a: AttentionArguments, rows: int, wave_size: int) -> Iterable[Launch]:
+    """Sequences with one query, then those with many, then both results put together."""
+    if a.head_dim % 8 or a.value_dim % 8:
+        raise DeviceError(
+            f"attention: heads of {a.head_dim} and {a.value_dim} elements must be multiples of 8"
+        )
+    heads_per_kv = a.n_heads // a.n_kv_heads
+    macros = (("HEAD_DIM", a.head_dim), ("VALUE_DIM", a.value_dim), ("HEADS_PER_KV", heads_per_kv))
+
+    def launch(kernel: str, *grid: int) -> Launch:
+        return Launch("attention", kernel, (*grid, 1, 1)[:3], _ATTENTION_THREADS, a, macros)  # type: ignore[arg-type]
+
+    groups = a.n_kv_heads * _groups(heads_per_kv, _HEADS_PER_GROUP)
+    yield launch("attention_vector", rows, groups, _groups(a.table_width * a.block_size, _PARTITION))
+    if rows > 1:
+        # A run of queries is a sequence's, and has at least two: no step of these rows has more runs.
+        yield launch("attention_tile", rows // 2, a.n_heads)
+    yield launch("attention_combine", rows, _groups(a.n_heads * a.value_dim, _ATTENTION_THREADS))
+
+
+def _sample(a: SampleArguments, rows: int, wave_size: int) -> Iterable[Launch]:
+    yield Launch("sample", "sample", (rows, 1, 1), _SAMPLE_THREADS, a)
+
+
+_PLANS: dict[str, Callable[..., Iterable[Launch]]] = {
+    "embed": _embed,
+    "rms_norm": _rms_norm,
+    "matmul": _matmul,
+    "swiglu": _swiglu,
+    "rope_store": _rope_store,
+    "attention": _attention,
+    "sample": _sample,
+}
+
+
+def _groups(n: int, per_group: int) -> int:
+    return -(-n // per_group)
+
+
+def _weight_type(matrix: Matrix) -> tuple[tuple[str, int], ...]:
+    if matrix.type not in _TYPES:
+        known = ", ".join(quant_type.name for quant_type in _TYPES.values())
+        raise DeviceError(
+            f"GPUs have no kernel for weights of type {_type_name(matrix.type)}; known are {known}"
+        )
+    return (("WEIGHT_TYPE", matrix.type),)
+
+
+def _type_name(ggml_id: int) -> str:
+    return next((t.name for t in QuantType if t.ggml_id == ggml_id), f"number {ggml_id}")
+
+
+class Compiler(Protocol):
+    """What a kernel set needs of a GPU's runtime.
+
+    Attributes:
+        target: all that decides an image besides source and options: architecture, compiler, runtime.
+    """
+
+    target: str
+
+    def compile(self, source: Path, options: list[str]) -> bytes:
+        """The image of a translation unit. Raises DeviceError with the compiler's log."""
+        ...
+
+    def load(self, image: bytes) -> Any:
+        """A module with the kernels of an image."""
+        ...
+
+    def function(self, module: Any, name: str) -> Any:
+        """A kernel of a module."""
+        ...
+
+
+class KernelSet:
+    """The functions of one GPU, compiled or read from the cache when they are first asked for."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+        self._root = source_root()
+        self._modules: dict[tuple[str, tuple[tuple[str, int], ...]], Any] = {}
+        self._functions: dict[tuple[str, tuple[tuple[str, int], ...], str], Any] = {}
+
+    def function(self, launch: Launch) -> Any:
+        """The function of a launch, in the compiler's own type.
+
+        Raises:
+            DeviceError: it does not compile or cannot be loaded.
+        """
+        key = (launch.source, launch.macros, launch.kernel)
+        if key not in self._functions:
+            module = self._module(launch.source, launch.macros)
+            self._functions[key] = self._compiler.function(module, launch.kernel)
+        return self._functions[key]
+
+    def _module(self, source: str, macros: tuple[tuple[str, int], ...]) -> Any:
+        if (source, macros) not in self._modules:
+            file = f"{source}.hip"
+            options = ["-std=c++17", *(f"-D{name}={value}" for name, value in macros)]
+            key = image_key(self._root, file, options, self._compiler.target)
+            image = read_image(key)
+            if image is None:
+                image = self._compiler.compile(self._root / "hip" / file, [*options, f"-I{self._root}"])
+                write_image(key, image)
+            self._modules[source, macros] = self._compiler.load(image)
+        return self._modules[source, macros]
