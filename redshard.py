@@ -1,4 +1,4 @@
-"""The public face: ``from redshard import LLM, SamplingParams``; ``python -m redshard`` is the command line."""
+"""The public face: ``from redshard import LLM, SamplingParams``; ``python -m redshard`` is the CLI."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, plan_shar
 from loader.tokenizer import Tokenizer
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
+from worker.forward import StagePart
 from worker.kv_cache import DEFAULT_BLOCK_SIZE
 from worker.stage import HandoffType
 from worker.step_inputs import StepLimits
@@ -28,9 +29,9 @@ MIN_STEP_OUTPUTS = 64
 #: The share of a device's free memory that a plan may use; runtimes and neighbours take the rest.
 _GPU_SHARE = 0.92
 _CPU_SHARE = 0.6
-#: A worker's watchdog ends its process at the step's deadline; should that fail, the engine does, this much
-#: later.
-_GRACE_S = 15.0
+#: A worker's watchdog ends its process at the deadline of a step; should that fail, the engine does, a bit later.
+_GRACE = 1.1
+_GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +129,6 @@ class Coordinator:
         """What is allocated on each stage's device."""
         return self._group.memory_maps() if self._group is not None else []
 
-    def worker_pids(self) -> list[int]:
-        """Process id of each stage."""
-        return [report.pid for report in self._group.reports] if self._group is not None else []
-
     def close(self) -> None:
         """Stop serving and end the workers. Idempotent."""
         if self._engine is not None:
@@ -152,7 +149,7 @@ class Coordinator:
             settings.n_stages,
             settings.kind,
             settings.worker,
-            settings.worker.deadlines.step_s + _GRACE_S,
+            _GRACE * settings.worker.deadlines.step_s + _GRACE_S,
             self._actor_class,
         )
         self._group = group
@@ -164,7 +161,7 @@ class Coordinator:
         limits = step_limits(settings, cache_tokens)
         order = LoadOrder(
             settings.path,
-            tuple(range(stage.first, stage.last) for stage in plan.stages),
+            stage_parts(plan),
             limits,
             settings.handoff,
         )
@@ -201,6 +198,15 @@ def plan_with_cache(
     except PlanError as error:
         raise ModelError(str(error)) from error
     return plan, min(wanted, plan.kv_tokens // block * block)
+
+
+def stage_parts(plan: ShardPlan) -> tuple[StagePart, ...]:
+    """What each stage of a plan loads."""
+    last = len(plan.stages) - 1
+    return tuple(
+        StagePart(range(stage.first, stage.last), is_first=i == 0, is_last=i == last)
+        for i, stage in enumerate(plan.stages)
+    )
 
 
 def step_limits(settings: PipelineSettings, cache_tokens: int) -> StepLimits:

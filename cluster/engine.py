@@ -168,10 +168,10 @@ class Engine:
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: self._new or self._aborted or self._closing)
-            new, self._new = self._new, deque()
-            aborted, self._aborted = self._aborted, deque()
             if self._closing:
                 return False
+            new, self._new = self._new, deque()
+            aborted, self._aborted = self._aborted, deque()
         for request in new:
             self._admit(request)
         for request_id in aborted:

@@ -52,7 +52,7 @@ class LLM:
 
     Args:
         model: the GGUF file, or any file of a split set; every worker must reach it under the same path.
-        stages: workers that share the layers.
+        stages: workers that share the layers; the embedding and the output count as one each.
         device: "auto" takes GPUs if the cluster has enough of them, else CPUs.
         max_context: tokens a sequence may have; None for the model's own context, at most 4096.
         max_sequences: sequences that run at once; others wait.
@@ -95,7 +95,7 @@ class LLM:
         self.config, self.tokenizer, chat = _open(path)
         settings = PipelineSettings(
             path=str(path),
-            n_stages=_in_range("stages", stages, 1, self.config.n_layers),
+            n_stages=_in_range("stages", stages, 1, self.config.n_layers + 2),
             kind=device,
             max_context=_in_range(
                 "max_context",
@@ -156,7 +156,7 @@ class LLM:
         return _completions(requests, last)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[CompletionChunk]:
-        """As `generate`, each chunk as soon as there is one; ending the iteration early aborts the requests."""
+        """As `generate`, each chunk as soon as it is there; ending the iteration early aborts the requests."""
         requests = self._requests(prompts, params, stream=True)
         index = {request.request_id: i for i, request in enumerate(requests)}
         for increment in self._increments(requests):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.wire import decode_batch, encode_batch, encode_result
 from worker.configuration import WorkerConfiguration
@@ -21,7 +22,6 @@ class DeviceReport:
     kind: str
     free_memory: int
     total_memory: int
-    pid: int
 
 
 class StageActor(GpuWorker):
@@ -45,7 +45,11 @@ class StageActor(GpuWorker):
         """The device, as it is now."""
         device = self._worker.device
         free, total = device.memory_info()
-        return DeviceReport(device.properties.name, device.kind, free, total, os.getpid())
+        return DeviceReport(device.properties.name, device.kind, free, total)
+
+    def stats(self) -> dict[str, Any]:
+        """The fields of `WorkerStats`, and the process id."""
+        return {**super().stats(), "pid": os.getpid()}
 
     def step(self, message: bytes) -> bytes:
         """One step: `wire.encode_batch` in; the same with hidden states out, or `wire.encode_result`."""

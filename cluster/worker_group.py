@@ -24,6 +24,7 @@ from cluster.pipeline import Pipeline
 from cluster.stage_actor import DeviceReport, StageActor
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
+from worker.forward import StagePart
 from worker.stage import HandoffType
 from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits
@@ -37,17 +38,17 @@ GPU_BUNDLE = {"GPU": 1.0}
 
 _PLACEMENT_S = 60.0
 _START_S = 120.0
-_ANSWER_S = 10.0
+_ANSWER_S = 5.0
 #: Times that stages are started again before the pipeline is given up.
 _MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """What the stages load: layers layers[i] on stage i, for steps within `limits`."""
+    """What the stages load: parts[i] of the model on stage i, for steps within `limits`."""
 
     path: str
-    layers: tuple[range, ...]
+    parts: tuple[StagePart, ...]
     limits: StepLimits
     handoff: HandoffType
 
@@ -115,7 +116,7 @@ class WorkerGroup:
         return ray.get([actor.progress.remote() for actor in self._actors], timeout=_ANSWER_S)
 
     def stats(self) -> list[dict[str, Any]]:
-        """`WorkerStats` of each stage, with the process id."""
+        """As `StageActor.stats`, of each stage."""
         return self._ask("stats")
 
     def memory_maps(self) -> list[dict[str, Any]]:
@@ -195,11 +196,9 @@ class WorkerGroup:
         loading = [
             self._actors[stage].load.remote(
                 order.path,
-                order.layers[stage].start,
-                order.layers[stage].stop,
+                order.parts[stage],
                 order.limits,
-                None,
-                order.handoff,
+                handoff=order.handoff,
             )
             for stage in stages
         ]

@@ -1,0 +1,111 @@
+"""The whole cluster on toy stages: real Ray, real processes, real kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from support.fake_stage_actor import FakeStageActor
+from support.fake_worker import generate
+from support.gguf_models import tiny_config, write_model
+
+from cluster.llm import LLM
+from cluster.sampling_params import SamplingParams
+from worker.configuration import Deadlines, WorkerConfiguration
+
+GREEDY = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+PROMPTS = [[i, 2 * i, 7] * (i + 1) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with four layers, of which the toy stages only count."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny.gguf", tiny_config(n_layers=4))
+
+
+@pytest.fixture(scope="module")
+def llm(ray_instance: None, model: Path) -> Iterator[LLM]:
+    """Two stages, and a short deadline."""
+    worker = WorkerConfiguration(deadlines=Deadlines(step_s=2))
+    with LLM(
+        model, stages=2, device="cpu", max_context=256, stage_class=FakeStageActor, worker=worker
+    ) as llm:
+        yield llm
+
+
+def pids(llm: LLM) -> list[int]:
+    """The stages' processes."""
+    return [worker["pid"] for worker in llm.stats()["workers"]]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_dead(pids: list[int]) -> None:
+    """Processes end a moment after they are told to."""
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, [pid for pid in pids if is_alive(pid)]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_worker_that_dies_or_hangs_in_mid_generation_costs_a_pause(
+    llm: LLM, stage: int, kind: signal.Signals
+) -> None:
+    victim = pids(llm)[stage]
+    restarts = llm.stats()["times"]["restarts"]
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    for n, chunk in enumerate(llm.stream(PROMPTS, GREEDY)):
+        tokens[chunk.index] += chunk.token_ids
+        if n == 100:
+            os.kill(victim, kind)
+    assert tokens == [generate(prompt, 100, 2) for prompt in PROMPTS]
+    assert llm.stats()["times"]["restarts"] == restarts + 1
+    assert victim not in pids(llm)
+    wait_until_dead([victim])
+
+
+def test_requests_of_several_threads_share_the_batches(llm: LLM) -> None:
+    steps = llm.stats()["times"]["steps"]
+    results: dict[int, list[int]] = {}
+
+    def ask(i: int) -> None:
+        results[i] = llm.generate(PROMPTS[i], GREEDY)[0].token_ids
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: generate(prompt, 100, 2) for i, prompt in enumerate(PROMPTS)}
+    assert llm.stats()["times"]["steps"] - steps < 100 * len(PROMPTS) * 0.8
+
+
+def test_ending_a_stream_early_aborts_the_request(llm: LLM) -> None:
+    generated = llm.stats()["times"]["generated"]
+    stream = llm.stream([1, 2], GREEDY)
+    next(stream)
+    stream.close()
+    assert llm.generate([3], GREEDY)[0].token_ids == generate([3], 100, 2)
+    assert llm.stats()["times"]["generated"] - generated < 200
+
+
+def test_nothing_is_left_after_closing(ray_instance: None, model: Path) -> None:
+    with LLM(model, stages=2, device="cpu", max_context=256, stage_class=FakeStageActor) as llm:
+        processes = pids(llm)
+        assert all(map(is_alive, processes))
+    wait_until_dead(processes)
+    states = {actor["ActorID"]: actor["State"] for actor in ray._private.state.actors().values()}
+    assert states.pop(llm._coordinator._actor_id.hex()) == "DEAD"
