@@ -11,8 +11,11 @@
 //   barrier()                 of the workgroup; orders SHARED accesses
 //   wave_barrier()            of the wave; orders its lanes' accesses to memory
 //   lane_read(v, lane)        a lane's value of v, for 32-bit v, all lanes active
+//   atomic_add(p, v)          adds v to the integer *p, which is SHARED, and returns what was there
 //   dot4(a, b, c)             c + the sum of four products of signed bytes
-//   half_to_float, float_to_half (round to nearest even), exp2_fast, reciprocal_square_root, reciprocal
+//   multiply_add(a, b, c)     a * b + c, rounded once
+//   half_to_float, float_to_half (round to nearest even), exp2_fast, log2_fast, reciprocal_square_root, reciprocal,
+//   round_even, absolute
 //   Tile16: a 16 x 16 float32 product over 16 float16 elements on the matrix unit (see there); its operands are in
 //   registers (OPERANDS_IN_REGISTERS) or stay where they are
 #pragma once
@@ -34,6 +37,11 @@ DEVICE inline i32 wave_index() { return thread_index() / WAVE; }
 
 DEVICE inline float lane_read(float v, i32 lane) {
   return __builtin_bit_cast(float, lane_read(__builtin_bit_cast(i32, v), lane));
+}
+
+DEVICE inline u64 lane_read(u64 v, i32 lane) {
+  const u32 low = (u32)lane_read((i32)(u32)v, lane), high = (u32)lane_read((i32)(u32)(v >> 32), lane);
+  return (u64)high << 32 | low;
 }
 
 // Sum and maximum over a wave, or over aligned groups of `width` lanes; every lane gets the result.

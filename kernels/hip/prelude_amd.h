@@ -36,6 +36,11 @@ DEVICE inline void wave_barrier() {
 
 DEVICE inline i32 lane_read(i32 v, i32 lane) { return __builtin_amdgcn_ds_bpermute(lane << 2, v); }
 
+template <typename T>
+DEVICE inline T atomic_add(T* p, T v) {
+  return __hip_atomic_fetch_add(p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
+
 DEVICE inline i32 dot4(i32 a, i32 b, i32 c) {
 #if defined(__GFX11__) || defined(__GFX12__)
   return __builtin_amdgcn_sudot4(true, a, true, b, c, false);
@@ -44,6 +49,7 @@ DEVICE inline i32 dot4(i32 a, i32 b, i32 c) {
 #endif
 }
 
+DEVICE inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DEVICE inline float half_to_float(f16_bits h) { return (float)__builtin_bit_cast(_Float16, h); }
 DEVICE inline f16_bits float_to_half(float x) { return __builtin_bit_cast(f16_bits, (_Float16)x); }
 DEVICE inline float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }

@@ -32,10 +32,19 @@ static inline void barrier() { fiber_barrier(); }
 static inline void wave_barrier() { fiber_wave_barrier(); }
 static inline i32 lane_read(i32 v, i32 lane) { return fiber_lane_read(v, lane); }
 
+// Fibers of a workgroup take turns on one thread.
+template <typename T>
+static inline T atomic_add(T* p, T v) {
+  const T old = *p;
+  *p += v;
+  return old;
+}
+
 static inline i32 dot4(i32 a, i32 b, i32 c) {
   for (i32 i = 0; i < 32; i += 8) c += (i32)(i8)(a >> i) * (i32)(i8)(b >> i);
   return c;
 }
+static inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 static inline float half_to_float(f16_bits h) {
   _Float16 f;
   memcpy(&f, &h, sizeof f);

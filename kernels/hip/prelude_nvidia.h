@@ -21,12 +21,16 @@ DEVICE inline void wave_barrier() { __syncwarp(); }
 
 DEVICE inline i32 lane_read(i32 v, i32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 
+template <typename T>
+DEVICE inline T atomic_add(T* p, T v) { return atomicAdd(p, v); }
+
 DEVICE inline i32 dot4(i32 a, i32 b, i32 c) {
   i32 d;
   asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
+DEVICE inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE inline float half_to_float(f16_bits h) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
