@@ -6,6 +6,8 @@ A double-array trie of UTF-8 sequences, each with a replacement. Layout: 4 bytes
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from loader.vocabulary import TokenizerError
@@ -32,6 +34,8 @@ class Charsmap:
             )
         self._units: list[int] = np.frombuffer(data[4 : 4 + size], "<u4").tolist()
         self._replacements = data[4 + size :]
+        inert = bytes(byte for byte in range(1, 128) if self._units and self._is_inert(byte))
+        self._inert_run = re.compile(b"[" + re.escape(inert or b"\0") + rb"]+(?=[\x00-\x7f]|\Z)")
 
     def apply(self, text: str) -> str:
         """The normalized text."""
@@ -41,6 +45,10 @@ class Charsmap:
         out: list[bytes] = []
         start = 0
         while start < len(data):
+            if run := self._inert_run.match(data, start):
+                out.append(run[0])
+                start = run.end()
+                continue
             end, value = self._longest(data, start)
             if value is None:
                 end = start + _character_length(data[start])
@@ -50,19 +58,32 @@ class Charsmap:
             start = end
         return b"".join(out).decode(errors="replace")
 
+    def _is_inert(self, byte: int) -> bool:
+        """Whether no key is this ASCII character, or begins with it and another ASCII character."""
+        place = _children(self._units[0]) ^ byte
+        unit = self._unit(place)
+        if unit & _LABEL != byte:
+            return True
+        base = place ^ _children(unit)
+        return not unit & _HAS_VALUE and all(
+            self._unit(base ^ next_) & _LABEL != next_ for next_ in range(1, 128)
+        )
+
+    def _unit(self, place: int) -> int:
+        return self._units[place] if place < len(self._units) else 0
+
     def _longest(self, data: bytes, start: int) -> tuple[int, int | None]:
         """End and value of the longest key that `data` has at `start`; no value if there is none."""
-        units = self._units
-        place = _children(units[0])
+        place = _children(self._units[0])
         end, value = start, None
         for position in range(start, len(data)):
             place ^= data[position]
-            unit = units[place] if place < len(units) else 0
+            unit = self._unit(place)
             if unit & _LABEL != data[position] or not data[position]:
                 break
             place ^= _children(unit)
-            if unit & _HAS_VALUE and place < len(units):
-                end, value = position + 1, units[place] & _VALUE
+            if unit & _HAS_VALUE:
+                end, value = position + 1, self._unit(place) & _VALUE
         return end, value
 
 

@@ -173,17 +173,21 @@ class SentencePieceBpeModel:
         symbols = list(word)
         before = list(range(-1, len(word) - 1))
         after = [*range(1, len(word)), -1]
-        heap: list[tuple[float, int, int, int]] = []
+        costs = self._costs
+        heap = [
+            (cost, left, left + 1, 2)
+            for left, pair in enumerate(map(str.__add__, word, word[1:]))
+            if (cost := costs.get(pair)) is not None
+        ]
+        heapq.heapify(heap)
 
         def propose(left: int, right: int) -> None:
             if left >= 0 and right >= 0:
                 joined = symbols[left] + symbols[right]
-                cost = self._costs.get(joined)
+                cost = costs.get(joined)
                 if cost is not None:
                     heapq.heappush(heap, (cost, left, right, len(joined)))
 
-        for right in range(1, len(word)):
-            propose(right - 1, right)
         while heap:
             _, left, right, length = heapq.heappop(heap)
             if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != length:
@@ -222,7 +226,9 @@ class UnigramModel:
         self._unknown = unknown
         self._unknown_score = min((scores[id_] for id_ in vocabulary.of_type(TokenType.NORMAL)), default=0.0)
         self._unknown_score -= self._UNKNOWN_PENALTY
-        self._longest = max(map(len, self._pieces), default=1)
+        self._longest: dict[str, int] = {}  # of the pieces that begin with two characters
+        for piece in self._pieces:
+            self._longest[piece[:2]] = max(len(piece), self._longest.get(piece[:2], 1))
         self._adjacency = _Adjacency(list(self._pieces))
         self._cached = lru_cache(_CACHED_WORDS)(self._encode_word)
 
@@ -254,7 +260,8 @@ class UnigramModel:
             base = best[start]
             if word[start] not in self._pieces and base + self._unknown_score > best[start + 1]:
                 best[start + 1], last[start + 1] = base + self._unknown_score, (self._unknown, start)
-            for end in range(start + 1, min(start + self._longest, len(word)) + 1):
+            longest = self._longest.get(word[start : start + 2], 1)
+            for end in range(start + 1, min(start + longest, len(word)) + 1):
                 piece = self._pieces.get(word[start:end])
                 if piece is not None and base + piece[1] > best[end]:
                     best[end], last[end] = base + piece[1], (piece[0], start)

@@ -57,7 +57,7 @@ class _Kind:
 
 
 class Tokenizer:
-    """The tokenizer of one model. Immutable, and safe to share between threads.
+    """The tokenizer of one model. Safe to share between threads.
 
     n_vocab: number of tokens; ids are 0 to n_vocab - 1.
     bos_id, eos_id: begin and end of sequence, None where the vocabulary has none.
@@ -72,6 +72,7 @@ class Tokenizer:
         self.eog_ids = vocabulary.eog_ids
         self._vocabulary = vocabulary
         self._kind = kind
+        self._bytes: dict[int, bytes] = {}
         last = special.separator if vocabulary.model == "bert" else special.eos
         self._head = _wanted(special.bos, _flag(metadata, "add_bos_token", kind.add_bos))
         self._tail = _wanted(last, _flag(metadata, "add_eos_token", kind.add_eos))
@@ -138,7 +139,13 @@ class Tokenizer:
         Raises:
             ValueError: the id is not in the vocabulary.
         """
-        token = self._vocabulary.tokens[self._checked(token_id)]
+        spelled = self._bytes.get(token_id)
+        if spelled is None:
+            spelled = self._bytes[token_id] = self._spell(self._checked(token_id))
+        return spelled
+
+    def _spell(self, token_id: int) -> bytes:
+        token = self._vocabulary.tokens[token_id]
         match self._vocabulary.types[token_id]:
             case TokenType.CONTROL | TokenType.UNKNOWN | TokenType.USER_DEFINED:
                 return token.encode()
