@@ -14,7 +14,7 @@ from cluster.errors import PipelineError, RedshardError
 from cluster.requests import Increment, Request
 
 #: Called with each increment of a request, on the session's thread; must not block.
-Deliver = Callable[[Increment], None]
+Deliver = Callable[[Increment], object]
 
 _POLL_S = 10.0
 _CLOSE_S = 60.0

@@ -29,7 +29,7 @@ MIN_STEP_OUTPUTS = 64
 #: The share of a device's free memory that a plan may use; runtimes and neighbours take the rest.
 _GPU_SHARE = 0.92
 _CPU_SHARE = 0.6
-#: A worker's watchdog ends its process at the deadline of a step; should that fail, the engine does, a bit later.
+#: A worker's watchdog ends its process at the deadline of a step; should that fail, the engine does, later.
 _GRACE = 1.1
 _GRACE_S = 2.0
 

@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from cluster.client_session import ClientSession, ask, end_coordinator
-from cluster.completion import Completion, CompletionChunk, completion
+from cluster.completion import ChunkStream, Completion, CompletionChunk, completion
 from cluster.coordinator import Coordinator, PipelineInfo, PipelineSettings
 from cluster.errors import ModelError, ParameterError, RequestError
 from cluster.prompts import Prompt, PromptEncoder, as_list, params_of_each
@@ -27,6 +27,7 @@ from cluster.stage_actor import StageActor
 from loader.chat import ChatTemplate, ChatTemplateError
 from loader.gguf_file import GGUFFile
 from loader.model_config import ModelConfig
+from loader.model_path import find_model
 from loader.tokenizer import Tokenizer
 from worker.configuration import WorkerConfiguration
 
@@ -51,7 +52,8 @@ class LLM:
     thread; requests of all callers share the batches.
 
     Args:
-        model: the GGUF file, or any file of a split set; every worker must reach it under the same path.
+        model: the GGUF file, or any file of a split set, which every worker must reach under the same path; or the
+            name of a shipped model, "demo".
         stages: workers that share the layers; the embedding and the output count as one each.
         device: "auto" takes GPUs if the cluster has enough of them, else CPUs.
         max_context: tokens a sequence may have; None for the model's own context, at most 4096.
@@ -91,8 +93,7 @@ class LLM:
         on_progress: OnProgress | None = None,
         stage_class: type[StageActor] = StageActor,
     ) -> None:
-        path = Path(model).expanduser().resolve()
-        self.config, self.tokenizer, chat = _open(path)
+        path, self.config, self.tokenizer, chat = _open(model)
         settings = PipelineSettings(
             path=str(path),
             n_stages=_in_range("stages", stages, 1, self.config.n_layers + 2),
@@ -114,8 +115,9 @@ class LLM:
                 f"max_step_tokens is {max_step_tokens}; it must exceed max_sequences ({max_sequences})"
             )
         started_here = connect()
-        actor_class = ray.remote(num_cpus=0, max_concurrency=_COORDINATOR_THREADS)(Coordinator)
-        self._coordinator = actor_class.remote(stage_class)
+        coordinator: Any = ray.remote(Coordinator)
+        options = {"num_cpus": 0, "max_concurrency": _COORDINATOR_THREADS}
+        self._coordinator = coordinator.options(**options).remote(stage_class)
         try:
             info = self._load(replace(settings, kind=_device_kind(device, stages)), on_progress)
         except BaseException:
@@ -156,11 +158,11 @@ class LLM:
         return _completions(requests, last)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[CompletionChunk]:
-        """As `generate`, each chunk as soon as it is there; ending the iteration early aborts the requests."""
+        """As `generate`, each chunk as soon as it is there; ending the iteration aborts the requests."""
         requests = self._requests(prompts, params, stream=True)
-        index = {request.request_id: i for i, request in enumerate(requests)}
+        chunks = ChunkStream(requests)
         for increment in self._increments(requests):
-            yield _chunk(index[increment.request_id], increment)
+            yield chunks.chunk(increment)
 
     async def agenerate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[Completion]:
         """As `generate`, for asyncio; cancelling it aborts the requests."""
@@ -173,9 +175,9 @@ class LLM:
     ) -> AsyncIterator[CompletionChunk]:
         """As `stream`, for asyncio."""
         requests = self._requests(prompts, params, stream=True)
-        index = {request.request_id: i for i, request in enumerate(requests)}
+        chunks = ChunkStream(requests)
         async for increment in self._aincrements(requests):
-            yield _chunk(index[increment.request_id], increment)
+            yield chunks.chunk(increment)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Raw logits of every position, float32 (n, n_vocab), through the same stages that generate.
@@ -256,12 +258,13 @@ class LLM:
             self._session.forget(requests)
 
 
-def _open(path: Path) -> tuple[ModelConfig, Tokenizer, ChatTemplate | ChatTemplateError]:
+def _open(model: str | Path) -> tuple[Path, ModelConfig, Tokenizer, ChatTemplate | ChatTemplateError]:
     try:
+        path = find_model(model)
         with GGUFFile.open(path) as file:
             config = ModelConfig.from_gguf(file)
             tokenizer = Tokenizer.from_metadata(file.metadata)
-            return config, tokenizer, _chat_template(file)
+            return path, config, tokenizer, _chat_template(file)
     except (ValueError, OSError) as error:
         raise ModelError(str(error)) from error
 
@@ -298,16 +301,6 @@ def _completions(requests: list[Request], last: dict[str, Increment]) -> list[Co
         completion(request.tokens, last[request.request_id], request.params.logprobs is not None)
         for request in requests
     ]
-
-
-def _chunk(index: int, increment: Increment) -> CompletionChunk:
-    return CompletionChunk(
-        index,
-        increment.text,
-        increment.token_ids,
-        increment.finish_reason,
-        increment.logprobs or None,
-    )
 
 
 def _close(session: ClientSession, started_here: bool) -> None:

@@ -13,8 +13,8 @@ from cluster.errors import PipelineError
 def connect() -> bool:
     """Make Ray usable in this process; False if it already was.
 
-    Joins the cluster that RAY_ADDRESS names or that `ray start` left running on this machine; otherwise starts
-    a local one, without dashboard, usage statistics or log lines.
+    Joins the cluster that RAY_ADDRESS names or that `ray start` left running on this machine; otherwise
+    starts a local one, without dashboard, usage statistics or log lines.
 
     Raises:
         PipelineError: the cluster cannot be reached, or the environment contradicts itself.

@@ -77,7 +77,7 @@ class WorkerGroup:
     ) -> None:
         self._kind, self._configuration, self._deadline_s = kind, configuration, deadline_s
         self._bundle = CPU_BUNDLE if kind == "cpu" else GPU_BUNDLE
-        self._actor_class = ray.remote(actor_class)
+        self._actor_class: Any = ray.remote(actor_class)
         self._order: LoadOrder | None = None
         self._pipeline: Pipeline | None = None
         self._placement = _place([self._bundle] * n_stages)
