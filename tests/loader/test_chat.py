@@ -15,6 +15,7 @@ CHATML = """\
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
+REPEATED = "{% set n = namespace(x='a') %}{% for i in range(99) %}"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -126,9 +127,9 @@ def test_template_errors(source: str, message: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x %}{{ n.x * 2 }}{% endset %}{% endfor %}",
+        REPEATED + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+        REPEATED + "{% set n.x = n.x + n.x %}{% endfor %}",
+        REPEATED + "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
         "{{ 'a' * 10**10 }}",
         "{{ [[1] * 10000] * 10000 }}",
         "{{ 10**10**10 }}",

@@ -77,7 +77,7 @@ class TestSentencePieceBpe:
         meta = metadata("llama", [("<unk>", UNKNOWN, 0.0), *pieces])
         assert encoded(meta, "aaaaa", add_special=False) == ["▁", "aaa", "aa"]
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.text("abeghint é語", max_size=30))
     def test_agrees_with_the_definition(self, text: str) -> None:
         scores = {piece: float(-rank) for rank, piece in enumerate(PIECES)}
@@ -110,13 +110,13 @@ class TestByteLevelBpe:
         assert encoded(BYTE_LEVEL, "a<|end|>", parse_special=True) == ["a", "<|end|>"]
         assert encoded(BYTE_LEVEL, "a<|end|>") == ["a", *"<|end|>"]
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(ANY_TEXT)
     def test_round_trip(self, text: str) -> None:
         tokenizer = Tokenizer.from_metadata(BYTE_LEVEL)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.text("thein ga'sé ", max_size=30))
     def test_agrees_with_the_definition(self, text: str) -> None:
         meta = byte_level_bpe(MERGES, pre="superbpe")  # cuts at digits only

@@ -68,7 +68,7 @@ def test_an_empty_stop_string_is_refused() -> None:
         StopMatcher([""])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.text("ab", max_size=30),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
