@@ -10,40 +10,33 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.stages import CachedSequence, Pipeline, relative_error
+
 from cluster.errors import ModelError, ParameterError, PromptError
 from cluster.llm import LLM
 from cluster.sampling_params import SamplingParams
-from support.gguf_models import tiny_config, write_model
-from support.stages import CachedSequence, Pipeline, relative_error
+from loader.gguf_file import GGUFFile
+from loader.tokenizer import Tokenizer
 
-CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
+MODEL = Path(__file__).parents[1] / "data" / "conformance" / "qwen3.q8_0.gguf"
 PROMPTS = [f"{word} " * (3 * i + 1) for i, word in enumerate(["the", "rain", "in", "an", "ring", "and"])]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 CONTEXT = 128
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers with random weights."""
-    return write_model(tmp_path_factory.mktemp("models") / "tiny.gguf", tiny_config(), seed=3)
-
-
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda n: f"{n}-stages")
-def llm(ray_instance: None, model: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
-    """The model on one, two and three stages, one after the other."""
-    with LLM(model, stages=request.param, device="cpu", max_context=CONTEXT, max_sequences=8) as llm:
+def llm(ray_instance: None, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """Two layers and an output on one, two and three stages, one after the other."""
+    with LLM(MODEL, stages=request.param, device="cpu", max_context=CONTEXT, max_sequences=8) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path) -> list[list[int]]:
+def expected() -> list[list[int]]:
     """Greedy answers to `PROMPTS`, each computed alone in this process, without cluster or scheduler."""
-    from loader.gguf_file import GGUFFile
-    from loader.tokenizer import Tokenizer
-
-    with GGUFFile.open(model) as file:
+    with GGUFFile.open(MODEL) as file:
         tokenizer = Tokenizer.from_metadata(file.metadata)
-    with Pipeline(model) as pipeline:
+    with Pipeline(MODEL) as pipeline:
         return [greedy(pipeline, tokenizer.encode(prompt), 24) for prompt in PROMPTS]
 
 
@@ -152,32 +145,35 @@ def test_a_killed_worker_costs_a_pause(llm: LLM, expected: list[list[int]]) -> N
     assert llm.stats()["times"]["restarts"] == 1
 
 
-def test_logits_are_the_same_on_any_number_of_stages(ray_instance: None) -> None:
-    path = CONFORMANCE / "qwen2.q8_0.gguf"
-    kit = np.load(path.with_suffix(".npz"))
-    with Pipeline(path) as pipeline:
-        expected = pipeline.logits_in_chunks(kit["tokens"])
-    for stages in (1, 2, 3):
-        with LLM(path, stages=stages, device="cpu", max_context=CONTEXT) as llm:
-            logits = llm.logits(kit["tokens"])
-            workers, maps = llm.stats()["workers"], llm.memory_map()
-        np.testing.assert_array_equal(logits, expected)
-        assert relative_error(logits, kit["logits"]) < 3e-2
-        assert [worker["first_layer"] for worker in workers][0] == 0
-        assert [worker["end_layer"] for worker in workers][-1] == 2
-        assert len(maps) == stages
+def test_logits_are_those_of_a_worker_in_this_process_and_of_the_conformance_kit(llm: LLM) -> None:
+    kit = np.load(MODEL.with_suffix(".npz"))
+    logits = llm.logits(kit["tokens"])
+    with Pipeline(MODEL) as pipeline:
+        np.testing.assert_array_equal(logits, pipeline.logits_in_chunks(kit["tokens"]))
+    assert relative_error(logits, kit["logits"]) < 3e-2
 
 
-def test_models_that_cannot_be_loaded_say_why(ray_instance: None, model: Path, tmp_path: Path) -> None:
+def test_workers_show_what_they_hold(llm: LLM) -> None:
+    workers, maps = llm.stats()["workers"], llm.memory_map()
+    assert len(workers) == len(maps)
+    assert workers[0]["first_layer"] == 0
+    assert [worker["first_layer"] for worker in workers[1:]] == [
+        worker["end_layer"] for worker in workers[:-1]
+    ]
+    assert workers[-1]["end_layer"] == llm.config.n_layers
+    assert all(worker["weight_bytes"] > 0 for worker in workers)
+
+
+def test_models_that_cannot_be_loaded_say_why(ray_instance: None, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"missing\.gguf"):
         LLM(tmp_path / "missing.gguf")
     broken = tmp_path / "broken.gguf"
-    broken.write_bytes(model.read_bytes()[:1000])
+    broken.write_bytes(MODEL.read_bytes()[:1000])
     with pytest.raises(ModelError, match=r"broken\.gguf"):
         LLM(broken)
     with pytest.raises(ParameterError, match="stages is 5; for this model it must be from 1 to 4"):
-        LLM(model, stages=5)
+        LLM(MODEL, stages=5)
     with pytest.raises(ParameterError, match="max_context"):
-        LLM(model, max_context=10**6)
+        LLM(MODEL, max_context=10**6)
     with pytest.raises(ModelError, match="would fit"):
-        LLM(model, device="cpu", cache_tokens=10**12)
+        LLM(MODEL, device="cpu", cache_tokens=10**12)
