@@ -1,4 +1,4 @@
-"""The command line: ``redshard COMMAND``. Each command lives in a module of `cluster.commands` of the same name."""
+"""The command line: ``redshard COMMAND``. Each command is a module of `cluster.commands`."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ def _sentence(error: Exception) -> str:
 
 
 def _exit_code(error: Exception) -> int:
-    # Everything the loader refuses is a ValueError: broken files, unknown architectures, plans that do not fit.
+    # Everything the loader refuses is a ValueError: broken files, unknown architectures, plans too large.
     return EXIT_BAD_INPUT if isinstance(error, (ValueError, ModelError, OSError)) else EXIT_FAILED

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.requests import Increment, TokenLogprob
+from cluster.requests import Increment, Request, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class CompletionChunk:
         token_ids: generated since the chunk before.
         finish_reason: on the last chunk, as for `Completion`; else None.
         logprobs: one for each token, if asked for.
+        usage: on the last chunk, of the whole answer.
     """
 
     index: int
@@ -56,6 +58,7 @@ class CompletionChunk:
     token_ids: list[int]
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    usage: Usage | None = None
 
 
 def completion(prompt: list[int], increment: Increment, wants_logprobs: bool) -> Completion:
@@ -70,3 +73,36 @@ def completion(prompt: list[int], increment: Increment, wants_logprobs: bool) ->
         ),
         logprobs=increment.logprobs if wants_logprobs else None,
     )
+
+
+class ChunkStream:
+    """Turns the increments of some requests into chunks of their answers."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests = requests
+        self._index = {request.request_id: i for i, request in enumerate(requests)}
+        self._generated = [0] * len(requests)
+        self._first_token_s = [0.0] * len(requests)
+
+    def chunk(self, increment: Increment) -> CompletionChunk:
+        """The next chunk of the answer that the increment belongs to."""
+        index = self._index[increment.request_id]
+        self._generated[index] += len(increment.token_ids)
+        if increment.first_token_s is not None:
+            self._first_token_s[index] = increment.first_token_s
+        return CompletionChunk(
+            index=index,
+            text=increment.text,
+            token_ids=increment.token_ids,
+            finish_reason=increment.finish_reason,
+            logprobs=increment.logprobs or None,
+            usage=self._usage(index, increment) if increment.is_last else None,
+        )
+
+    def _usage(self, index: int, increment: Increment) -> Usage:
+        return Usage(
+            prompt_tokens=len(self._requests[index].tokens),
+            completion_tokens=self._generated[index],
+            first_token_s=self._first_token_s[index],
+            total_s=increment.total_s or 0.0,
+        )

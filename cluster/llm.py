@@ -52,8 +52,8 @@ class LLM:
     thread; requests of all callers share the batches.
 
     Args:
-        model: the GGUF file, or any file of a split set, which every worker must reach under the same path; or the
-            name of a shipped model, "demo".
+        model: the GGUF file, or any file of a split set, which every worker must reach under the same path;
+            or the name of a shipped model, "demo".
         stages: workers that share the layers; the embedding and the output count as one each.
         device: "auto" takes GPUs if the cluster has enough of them, else CPUs.
         max_context: tokens a sequence may have; None for the model's own context, at most 4096.

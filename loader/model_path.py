@@ -26,6 +26,7 @@ def find_model(model: str | Path) -> Path:
     if not path.exists():
         names = ", ".join(SHIPPED_MODELS)
         raise UnknownModelError(
-            f"there is no file {str(model)!r}; give the path of a GGUF file, or the name of a shipped model: {names}"
+            f"there is no file {str(model)!r}; give the path of a GGUF file or the name of a shipped model: "
+            f"{names}"
         )
     return path

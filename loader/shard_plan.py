@@ -126,8 +126,8 @@ def plan_shards(
 ) -> ShardPlan:
     """Split a model over devices, the slowest stage as fast as can be.
 
-    The first device may hold nothing but the token embedding and the last one nothing but the output matrix; the
-    others have at least one layer each.
+    The first device may hold nothing but the token embedding and the last one nothing but the output
+    matrix; the others have at least one layer each.
 
     Args:
         size: of the model.
@@ -142,8 +142,8 @@ def plan_shards(
         raise PlanError("there is no device to put the model on")
     if len(devices) > len(size.layers) + 2:
         raise PlanError(
-            f"{len(devices)} devices are too many for {len(size.layers)} layers, an embedding and an output matrix; "
-            f"use at most {len(size.layers) + 2}"
+            f"{len(devices)} devices are too many for {len(size.layers)} layers, an embedding and an output "
+            f"matrix; use at most {len(size.layers) + 2}"
         )
     problem = _Problem(size, devices, overhead_bytes)
     bounds = problem.balance(kv_tokens)
@@ -242,7 +242,7 @@ class _Problem:
         return best[self.n_layers][1] if self.n_layers in best else None
 
     def _ends(self, device: int, first: int) -> range:
-        """Where the device's layers may end: those between the first and the last device have at least one."""
+        """Where the device's layers may end; those between the first and the last device have some."""
         last_device = len(self.devices) - 1
         if device == last_device:
             return range(self.n_layers, self.n_layers + 1)

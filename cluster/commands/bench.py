@@ -1,4 +1,4 @@
-"""``redshard bench``: how fast a model loads, reads prompts and generates, and how far that is from the machine's limit."""
+"""``redshard bench``: how fast a model loads, reads prompts and generates, beside the machine's limit."""
 
 from __future__ import annotations
 
@@ -7,27 +7,22 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.loading import (
-    DeviceName,
-    DeviceOption,
-    JsonOption,
-    Loaded,
-    ModelArgument,
-    StagesOption,
-    loaded_model,
-)
+from cluster.commands.loading import Loaded, loaded_model
+from cluster.commands.options import DeviceName, DeviceOption, JsonOption, ModelArgument, StagesOption
 from cluster.completion import Usage
-from cluster.llm import LLM
 from cluster.sampling_params import SamplingParams
 from loader.units import format_bytes
 from worker.bandwidth import host_read_bandwidth
+
+if TYPE_CHECKING:
+    from cluster.llm import LLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +96,9 @@ def measure(loaded: Loaded, n_prompt: int, n_tokens: int, n_sequences: int, roun
 
     def once() -> Throughput:
         return Throughput(
-            _prompt_rate(llm, rng, n_prompt), _decode_rate(llm, rng, 1, n_tokens), _decode_rate(llm, rng, n_sequences, n_tokens)
+            _prompt_rate(llm, rng, n_prompt),
+            _decode_rate(llm, rng, 1, n_tokens),
+            _decode_rate(llm, rng, n_sequences, n_tokens),
         )
 
     once()
@@ -112,7 +109,10 @@ def measure(loaded: Loaded, n_prompt: int, n_tokens: int, n_sequences: int, roun
     return Report(
         load_s=loaded.load_s,
         throughput=Throughput(
-            *(statistics.median(getattr(result, name) for result in results) for name in ("prompt", "decode", "batch"))
+            *(
+                statistics.median(getattr(result, name) for result in results)
+                for name in ("prompt", "decode", "batch")
+            )
         ),
         bytes_per_token=sum(worker["weight_bytes_per_token"] for worker in workers),
         bandwidth=host_read_bandwidth(len(os.sched_getaffinity(0))) if on_cpu else None,
@@ -140,12 +140,14 @@ def _decode_rate(llm: LLM, rng: np.random.Generator, n_sequences: int, n_tokens:
 
 
 def _overheads(llm: LLM, run: Callable[[], object]) -> dict[str, float]:
-    """Microseconds a step of `run` spends on each part of the run loop; `handoff` is waiting without computing."""
+    """Microseconds a step of `run` spends on each part; `handoff` is waiting while no stage computes."""
     before = llm.stats()
     run()
     after = llm.stats()
     times = {key: after["times"][key] - before["times"][key] for key in before["times"]}
-    busy = sum(worker["busy_s"] for worker in after["workers"]) - sum(worker["busy_s"] for worker in before["workers"])
+    busy = sum(worker["busy_s"] for worker in after["workers"]) - sum(
+        worker["busy_s"] for worker in before["workers"]
+    )
     seconds = {
         "schedule": times["schedule_s"],
         "submit": times["submit_s"],

@@ -12,16 +12,9 @@ import typer
 from rich.console import Console
 from rich.rule import Rule
 
-from cluster.commands.figures import Figures, Stopwatch
-from cluster.commands.loading import (
-    DeviceName,
-    DeviceOption,
-    JsonOption,
-    Loaded,
-    ModelArgument,
-    StagesOption,
-    loaded_model,
-)
+from cluster.commands.figures import Stopwatch
+from cluster.commands.loading import Loaded, loaded_model
+from cluster.commands.options import DeviceName, DeviceOption, JsonOption, ModelArgument, StagesOption
 from cluster.commands.text_files import read_lines
 from cluster.completion import CompletionChunk
 from cluster.errors import ParameterError
@@ -33,7 +26,9 @@ _DEFAULTS = SamplingParams()
 
 def generate(
     model: ModelArgument,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.", show_default=False)] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to continue.", show_default=False)
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Read a prompt from each line of this file; - is standard input.")
     ] = None,
@@ -46,7 +41,9 @@ def generate(
     sequences: Annotated[int, typer.Option(help="Sequences that run at the same time.")] = 16,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = _DEFAULTS.max_tokens,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _DEFAULTS.temperature,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = _DEFAULTS.top_k,
+    top_k: Annotated[
+        int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")
+    ] = _DEFAULTS.top_k,
     top_p: Annotated[float, typer.Option(help="Keep this much probability; 1 keeps all.")] = _DEFAULTS.top_p,
     min_p: Annotated[
         float, typer.Option(help="Keep tokens this probable, relative to the best one.")
@@ -88,7 +85,7 @@ def _as_prompts(texts: list[str], chat: bool) -> list[Prompt]:
 
 
 def _print_text(loaded: Loaded, prompts: list[Prompt], texts: list[str], params: SamplingParams) -> None:
-    """One prompt: its answer as it grows. More: each under its prompt, in order, as soon as it is its turn."""
+    """One prompt: its answer as it grows. More: each under its prompt, in order, when it is its turn."""
     stopwatch = Stopwatch()
     console = Console(highlight=False, markup=False)
     shown = -1
@@ -101,7 +98,7 @@ def _print_text(loaded: Loaded, prompts: list[Prompt], texts: list[str], params:
 
 
 def _in_order(chunks: Iterator[CompletionChunk], n_prompts: int) -> Iterator[tuple[int, str, bool]]:
-    """(prompt, text, whether it ends the answer), one prompt after the other, as early as their order allows."""
+    """(prompt, text, whether that is its end), one prompt after the other, as early as possible."""
     waiting = [""] * n_prompts
     ended = [False] * n_prompts
     turn = 0

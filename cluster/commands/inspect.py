@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.commands.options import JsonOption, ModelArgument
 from loader.gguf_file import GGUFFile
 from loader.model_config import ModelConfig, UnsupportedModelError
+from loader.model_path import find_model
 from loader.units import format_bytes, format_count
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="GGUF file, or any file of a split set.", show_default=False)],
+    model: ModelArgument,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show a model's architecture, hyperparameters, tokenizer and tensors."""
-    with GGUFFile.open(model) as file:
+    with GGUFFile.open(find_model(model)) as file:
         summary = summarize(file)
         if tensors:
             summary["tensors"] = [
@@ -40,8 +41,7 @@ def inspect(
 def summarize(file: GGUFFile) -> dict[str, Any]:
     """What `file` holds, as plain data: file, hyperparameters, tokenizer and totals by tensor type.
 
-    Hyperparameters are absent, with the reason, where the architecture is not supported; vocabulary-only files have
-    no tensors.
+    Where the architecture is not supported, the reason stands in place of the hyperparameters.
     """
     return {
         "file": {

@@ -6,31 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from cluster.llm import LLM
-
-
-class DeviceName(str, Enum):
-    """Where a model may run."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    HIP = "hip"
-    CUDA = "cuda"
-
-
-ModelArgument = Annotated[
-    str, typer.Argument(help="GGUF file, or any file of a split set.", show_default=False)
-]
-StagesOption = Annotated[int, typer.Option(min=1, help="Workers that share the model's layers.")]
-DeviceOption = Annotated[DeviceName, typer.Option(help="Where to run; auto takes GPUs if there are enough.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+if TYPE_CHECKING:
+    from cluster.llm import LLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +34,9 @@ def loaded_model(model: str, **options: Any) -> Iterator[Loaded]:
     Raises:
         RedshardError: as `LLM`.
     """
+    # Imported here, because it brings Ray, which takes a second that the other commands need not wait.
+    from cluster.llm import LLM
+
     started = time.perf_counter()
     with _progress() as on_progress:
         llm = LLM(model, on_progress=on_progress, **options)

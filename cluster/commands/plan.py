@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.commands.options import JsonOption, ModelArgument
 from cluster.errors import ParameterError
 from loader.gguf_file import GGUFFile
 from loader.model_config import ModelConfig, ModelTensors
+from loader.model_path import find_model
 from loader.shard_plan import ModelSize, ShardPlan, parse_gpus, plan_shards
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="GGUF file, or any file of a split set.", show_default=False)],
+    model: ModelArgument,
     gpus: Annotated[
         str, typer.Option(help="GPUs and their memory, such as 4x16GiB,1x8GiB.", show_default=False)
     ],
     context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 4096,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences at the same time.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show which layers, bytes and cached tokens would go to which GPU, and what would not fit."""
     devices = parse_gpus(gpus)
-    with GGUFFile.open(model) as file:
+    with GGUFFile.open(find_model(model)) as file:
         config = ModelConfig.from_gguf(file)
         size = ModelSize.of(config, ModelTensors(config, file))
     if context > config.context_length:

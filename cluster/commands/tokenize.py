@@ -9,13 +9,15 @@ from typing import Annotated
 
 import typer
 
+from cluster.commands.options import ModelArgument
 from cluster.errors import ParameterError
 from loader.gguf_file import GGUFFile
+from loader.model_path import find_model
 from loader.tokenizer import Tokenizer
 
 
 def tokenize(
-    model: Annotated[Path, typer.Argument(help="GGUF file with a vocabulary.", show_default=False)],
+    model: ModelArgument,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to tokenize.", show_default=False)] = None,
     jsonl: Annotated[
         Path | None, typer.Option(help="Read one JSON string a line from this file; - is standard input.")
@@ -27,7 +29,7 @@ def tokenize(
     """Print the token ids of each text, one line a text."""
     if bool(texts) == (jsonl is not None):
         raise ParameterError("give either texts or --jsonl FILE")
-    with GGUFFile.open(model) as file:
+    with GGUFFile.open(find_model(model)) as file:
         tokenizer = Tokenizer.from_metadata(file.metadata)
     for text in texts or _read_jsonl(jsonl or Path()):
         print(*tokenizer.encode(text, add_special=special))

@@ -26,7 +26,7 @@ def even_model(n_layers: int = 32, layer: int = 100, ends: int = 0) -> ModelSize
 def stage_bytes(
     size: ModelSize, first: int, last: int, kv_tokens: int, overhead: int, ends: tuple[bool, bool]
 ) -> int:
-    """Bytes of layers [first, last); `ends` says whether the stage is the first and whether it is the last."""
+    """Bytes of layers [first, last); `ends`: whether the stage is the first, whether it is the last."""
     total = sum(size.layers[first:last]) + (last - first) * size.kv_per_token * kv_tokens + overhead
     total += size.input * ends[0] + size.output * ends[1]
     return total - size.shared * all(ends)

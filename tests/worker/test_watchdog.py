@@ -90,7 +90,7 @@ def test_a_hung_device_call_of_the_pool_ends_the_process(call):
         "pool.write(view, np.zeros(16, np.uint8))"
     )
     assert status == EXIT_HUNG
-    assert ("allocating 'logits' (5.00 MiB" if call == "allocate" else "writing 'logits' (16 bytes") in report
+    assert ("allocating 'logits' (5.0 MiB" if call == "allocate" else "writing 'logits' (16 bytes") in report
 
 
 def test_a_thread_hung_inside_logging_cannot_keep_the_process():
