@@ -17,7 +17,7 @@ struct Avx2 {
 
   // Rows of activations in one pass: as many as sixteen registers hold with their sums.
   template <class F>
-  static constexpr int max_rows = 3;
+  static constexpr int max_rows = F::max_code <= 15 ? 3 : 2;
   static constexpr int max_float_rows = 6;
 
   static Floats load(const float* p) { return _mm256_loadu_ps(p); }
@@ -43,9 +43,12 @@ struct Avx2 {
 
   // The float16 at p of eight rows.
   static Floats load_halves(const u8* p, i64 stride) {
-    f16_bits half[8];
-    for (int r = 0; r < 8; ++r) std::memcpy(half + r, p + r * stride, sizeof(f16_bits));
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
+    const auto half = [&](int row) {
+      i16 bits;
+      std::memcpy(&bits, p + row * stride, sizeof bits);
+      return bits;
+    };
+    return _mm256_cvtph_ps(_mm_setr_epi16(half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7)));
   }
 
   // The float16 in the low half of every word.
@@ -73,12 +76,21 @@ struct Avx2 {
           std::memcpy(&quants, x + r * width + 4 * i, 4);
           pairs[r][0] += multiply_bytes<F>((__m256i)w0[i], _mm256_set1_epi32(quants));
           pairs[r][1] += multiply_bytes<F>((__m256i)w1[i], _mm256_set1_epi32(quants));
+          if (kFit > 1) keep_order(pairs[r]);
         }
       }
       const __m256i ones = _mm256_set1_epi16(1);
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
         for (int c = 0; c < 2; ++c) dot[r][c] += (Ints)_mm256_madd_epi16((__m256i)pairs[r][c], ones);
+        keep_order(dot[r]);
+      }
     }
+  }
+
+  // GCC would move all products before all sums, and then run out of registers.
+  template <class T>
+  static void keep_order(T (&sums)[2]) {
+    asm("" : "+x"(sums[0]), "+x"(sums[1]));
   }
 
   // Sums of two neighbouring products. The instruction wants one factor unsigned.

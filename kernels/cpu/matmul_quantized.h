@@ -9,9 +9,6 @@
 namespace redshard {
 namespace {
 
-constexpr i64 kFewRows = 4;          // up to here the weights come straight from memory and a small tile stays in L1
-constexpr i64 kFewRowsTileBlocks = 8;
-
 // Where the codes are too large by a constant: subtracted from the integer product through the activations' sums.
 template <class V, class F>
 constexpr int zero_of = F::is_signed && V::has_signed_product ? 0 : F::zero;
@@ -26,78 +23,132 @@ void prepare(const Activation& x, i64 n_x, i64 width, i32* offsets) {
   }
 }
 
-// Where R rows of activations stand: pointers to the first, and the distances between rows.
+// One block of 32 columns of some rows of activations: pointers to the first row's, and the distances between rows.
 struct Rows {
+  Rows(const Strip& s, int groups_per_block, i64 row = 0, i64 block = 0)
+      : quants(s.x.quants + row * s.width + 32 * block),
+        scales(s.x.scales + row * (s.width / 32) + block),
+        sums(s.x.sums + row * (s.width / 32) + block),
+        offsets(s.offsets + (row * (s.width / 32) + block) * groups_per_block),
+        groups(groups_per_block),
+        width(s.width),
+        n_blocks(s.width / 32) {}
+
+  void next_block() {
+    quants += 32;
+    ++scales;
+    ++sums;
+    offsets += groups;
+  }
+
   const i8* quants;
   const float* scales;
   const float* sums;
   const i32* offsets;
-  i64 width, n_blocks;
+  i64 groups, width, n_blocks;
 };
 
-// out[r][c * stride ..] += R rows of activations times two tiles, over n_blocks blocks; `first`: from zero.
+// R rows of activations times two tiles, for the block b of the tiles and block x.block of the activations.
 template <class V, class F, int R>
-void multiply(const Tile<V>* tiles, i64 n_blocks, bool first, const Rows& x, float* const (&out)[2]) {
-  using Floats = typename V::Floats;
-  using Ints = typename V::Ints;
-  constexpr int kGroups = F::Block::groups;
-  Floats sum[R][2];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < 2; ++c) sum[r][c] = first ? Floats{} : V::load(out[c] + r * kStripRows);
-
-  for (i64 b = 0; b < n_blocks; ++b) {
-    for (int g = 0; g < kGroups; ++g) {
-      Ints dot[R][2];
-      V::template dots<F, R, 8 / kGroups>(tiles[0].codes[b] + 8 / kGroups * g, tiles[1].codes[b] + 8 / kGroups * g,
-                                          x.quants + 32 * b + 32 / kGroups * g, x.width, dot);
-      for (int r = 0; r < R; ++r) {
-        const Floats scale = V::broadcast(x.scales[r * x.n_blocks + b]);
-        for (int c = 0; c < 2; ++c) {
-          if constexpr (zero_of<V, F> != 0) dot[r][c] -= x.offsets[(r * x.n_blocks + b) * kGroups + g];
-          sum[r][c] = V::fma(tiles[c].scale[b][g] * scale, to_floats<V>(dot[r][c]), sum[r][c]);
-        }
-      }
-    }
-    if constexpr (F::Block::has_minimum) {
-      for (int r = 0; r < R; ++r) {
-        const Floats sum_x = V::broadcast(x.sums[r * x.n_blocks + b]);
-        for (int c = 0; c < 2; ++c) sum[r][c] = V::fma(tiles[c].minimum[b], sum_x, sum[r][c]);
+void add_block(const Tile<V>* tiles, i64 b, const Rows& x, typename V::Floats (&sum)[R][2]) {
+  constexpr int kGroups = F::Block::groups, kWords = 8 / kGroups;
+  for (int g = 0; g < kGroups; ++g) {
+    typename V::Ints dot[R][2];
+    V::template dots<F, R, kWords>(tiles[0].codes[b] + kWords * g, tiles[1].codes[b] + kWords * g,
+                                   x.quants + 4 * kWords * g, x.width, dot);
+    for (int r = 0; r < R; ++r) {
+      const auto scale = V::broadcast(x.scales[r * x.n_blocks]);
+      for (int c = 0; c < 2; ++c) {
+        if constexpr (zero_of<V, F> != 0) dot[r][c] -= x.offsets[r * x.n_blocks * kGroups + g];
+        sum[r][c] = V::fma(tiles[c].scale[b][g] * scale, to_floats<V>(dot[r][c]), sum[r][c]);
       }
     }
   }
+  if constexpr (F::Block::has_minimum) {
+    for (int r = 0; r < R; ++r) {
+      const auto sum_x = V::broadcast(x.sums[r * x.n_blocks]);
+      for (int c = 0; c < 2; ++c) sum[r][c] = V::fma(tiles[c].minimum[b], sum_x, sum[r][c]);
+    }
+  }
+}
+
+// Two vectors of weight rows: their addresses, and where their products go.
+template <class V>
+struct RowPair {
+  RowPair(const StripVectors<V>& vectors, i64 v) {
+    for (int c = 0; c < 2; ++c) {
+      weights[c] = vectors.strip.weights + vectors.first_row(v + c) * vectors.strip.row_bytes;
+      out[c] = vectors.out(v + c);
+    }
+  }
+  const u8* weights[2];
+  float* out[2];
+};
+
+// The blocks of 32 columns begin .. end of two vectors of rows into tiles. Meanwhile the same share of the next two comes from
+// memory: rows lie one after the other, but each is too short for the processor to notice a stream, and a burst of requests
+// would keep it waiting.
+template <class V, class F>
+void unpack(const RowPair<V>& rows, i64 row_bytes, i64 begin, i64 end, Tile<V>* tiles) {
+  constexpr i64 kBlockBytes = sizeof(typename F::Block);
+  const i64 first_byte = begin / F::blocks * kBlockBytes;
+  const u8* next = rows.weights[1] + V::lanes * (row_bytes + 2 * first_byte);
+  for (int c = 0; c < 2; ++c) {
+    const u8* block = rows.weights[c] + first_byte;
+    for (i64 b = begin; b < end; b += F::blocks, block += kBlockBytes) {
+      for (i64 line = 0; line < V::lanes * kBlockBytes; line += 64) __builtin_prefetch(next + line);
+      next += V::lanes * kBlockBytes;
+      F::unpack(block, row_bytes, tiles[c], b - begin);
+    }
+  }
+}
+
+// R rows of activations: sums stay in registers from the first column to the last. The tile is short, so that reading weights
+// and multiplying alternate quickly and memory is never idle.
+template <class V, class F, int R>
+void few_rows_product(const Strip& s, const RowPair<V>& rows, Tile<V>* tiles) {
+  typename V::Floats sum[R][2] = {};
+  Rows x(s, F::Block::groups);
+  constexpr i64 kShortTile = std::max(4, F::blocks);
+  for (i64 begin = 0; begin < x.n_blocks; begin += kShortTile) {
+    const i64 end = std::min(begin + kShortTile, x.n_blocks);
+    unpack<V, F>(rows, s.row_bytes, begin, end, tiles);
+    for (i64 b = 0; b < end - begin; ++b, x.next_block()) add_block<V, F, R>(tiles, b, x, sum);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < 2; ++c) V::store(rows.out[c] + r * kStripRows, sum[r][c]);
+}
+
+template <class V, class F, int R>
+void tile_product(const Tile<V>* tiles, i64 n_blocks, bool first, Rows x, const RowPair<V>& rows, i64 row) {
+  typename V::Floats sum[R][2] = {};
+  float* out[2] = {rows.out[0] + row * kStripRows, rows.out[1] + row * kStripRows};
+  if (!first) {
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < 2; ++c) sum[r][c] = V::load(out[c] + r * kStripRows);
+  }
+  for (i64 b = 0; b < n_blocks; ++b, x.next_block()) add_block<V, F, R>(tiles, b, x, sum);
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < 2; ++c) V::store(out[c] + r * kStripRows, sum[r][c]);
 }
 
-// Reads the next rows' share of one tile into the second-level cache: rows lie one after the other, but every row is too
-// short for the processor to notice a stream.
-inline void prefetch(const u8* p, i64 nbytes) {
-  for (i64 i = 0; i < nbytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
 template <class V, class F>
 void quantized_product(const Strip& s) {
-  const i64 n_blocks = s.width / 32;
-  const i64 tile_blocks = s.n_x <= kFewRows ? kFewRowsTileBlocks : kTileBlocks;
+  constexpr int kMaxRows = V::template max_rows<F>;
   const StripVectors<V> vectors(s);
+  const i64 n_blocks = s.width / 32;
   Tile<V> tiles[2];
   for (i64 v = 0; v < vectors.n; v += 2) {
-    const u8* rows[2] = {s.weights + vectors.first_row(v) * s.row_bytes, s.weights + vectors.first_row(v + 1) * s.row_bytes};
-    for (i64 b = 0; b < n_blocks; b += tile_blocks) {
-      const i64 n = std::min(tile_blocks, n_blocks - b);
-      const i64 byte = b / F::blocks * static_cast<i64>(sizeof(typename F::Block));
-      const i64 nbytes = n / F::blocks * static_cast<i64>(sizeof(typename F::Block));
-      prefetch(rows[1] + V::lanes * (s.row_bytes + byte * 2), 2 * V::lanes * nbytes);
-      for (int c = 0; c < 2; ++c) {
-        for (i64 i = 0; i < n / F::blocks; ++i) {
-          F::unpack(rows[c] + byte + i * static_cast<i64>(sizeof(typename F::Block)), s.row_bytes, tiles[c], i * F::blocks);
-        }
-      }
-      in_equal_parts<V::template max_rows<F>>(s.n_x, [&](i64 row, auto n_rows) {
-        const Rows x = {s.x.quants + row * s.width + 32 * b,  s.x.scales + row * n_blocks + b, s.x.sums + row * n_blocks + b,
-                        s.offsets + (row * n_blocks + b) * F::Block::groups, s.width, n_blocks};
-        multiply<V, F, decltype(n_rows)::value>(tiles, n, b == 0, x,
-                                                {vectors.out(v) + row * kStripRows, vectors.out(v + 1) + row * kStripRows});
+    const RowPair<V> rows(vectors, v);
+    if (s.n_x <= kMaxRows) {
+      with_constant<kMaxRows>(s.n_x, [&](auto n_x) { few_rows_product<V, F, n_x.value>(s, rows, tiles); });
+      continue;
+    }
+    for (i64 begin = 0; begin < n_blocks; begin += kTileBlocks) {
+      const i64 end = std::min(begin + kTileBlocks, n_blocks);
+      unpack<V, F>(rows, s.row_bytes, begin, end, tiles);
+      in_equal_parts<kMaxRows>(s.n_x, [&](i64 row, auto n_rows) {
+        tile_product<V, F, n_rows.value>(tiles, end - begin, begin == 0, Rows(s, F::Block::groups, row, begin), rows, row);
       });
     }
   }

@@ -1,4 +1,4 @@
-"""`matmul` and `swiglu` of the CPU device, on every instruction set, against float64 and dequantized weights."""
+"""`matmul` and `swiglu` of the CPU device on every instruction set, against float64 products."""
 
 from __future__ import annotations
 
