@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from loader.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from loader.subword_models import (
     SPACE,
@@ -252,7 +254,10 @@ def _well_formed(text: str) -> str:
 
 
 def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
-    return bool(metadata.get(f"tokenizer.ggml.{name}", default))
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise TokenizerError(f"tokenizer.ggml.{name} must be true or false, found {value!r}")
+    return value
 
 
 def _build_sentencepiece_bpe(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> _Kind:
@@ -277,15 +282,15 @@ def _build_bpe(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> _Kind:
 
 
 def _pre_tokenizer(name: object) -> PreTokenizer:
-    if not name:
+    if name is None or (isinstance(name, str) and not name):
         logger.warning(
             "the file names no pre-tokenizer (tokenizer.ggml.pre); using 'default', which may be wrong"
         )
         name = "default"
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise TokenizerError(f"pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known; known are {known}")
-    return PRE_TOKENIZERS[str(name)]
+    return PRE_TOKENIZERS[name]
 
 
 def _build_wordpiece(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> _Kind:
@@ -298,8 +303,11 @@ def _build_wordpiece(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> _Ki
 def _build_unigram(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> _Kind:
     space = _flag(metadata, "add_space_prefix", False)
     merge_spaces = _flag(metadata, "remove_extra_whitespaces", False)
-    charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap", ())
-    model = UnigramModel(vocabulary, bytes(bytearray(charsmap)), space, merge_spaces)
+    key = "tokenizer.ggml.precompiled_charsmap"
+    charsmap = np.asarray(metadata.get(key, ()))
+    if charsmap.size and charsmap.dtype.kind not in "iu":
+        raise TokenizerError(f"{key} must be an array of bytes")
+    model = UnigramModel(vocabulary, charsmap.astype(np.uint8).tobytes(), space, merge_spaces)
     return _Kind(model, _spelled_in_pieces, add_eos=True, leading_space=space or merge_spaces)
 
 

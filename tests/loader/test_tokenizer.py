@@ -292,6 +292,7 @@ class TestSpecialTokens:
         ({"tokenizer.ggml.token_type": [1]}, "has 1 entries for"),
         ({"tokenizer.ggml.merges": []}, "needs tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": 3}, "must be an array"),
+        ({"tokenizer.ggml.add_bos_token": "yes"}, "must be true or false"),
     ],
 )
 def test_broken_metadata_is_one_clear_error(changes: dict[str, Any], message: str) -> None:
