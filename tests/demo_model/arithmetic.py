@@ -7,10 +7,11 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from cluster.demo_questions import DemoQuestion
 from demo_model.example import Example, is_held_out
 from demo_model.lexicon import NAMES
 from demo_model.wording import casual, fill
+
+from cluster.demo_questions import DemoQuestion
 
 _COLUMNS = ("Ones", "Tens", "Hundreds", "Thousands")
 
@@ -23,7 +24,8 @@ _ADD = (
     "[What do you get|What is the result] if you add {b} to {a}?",
     "{a} plus {b}[| is what|, what does that make]?",
     "Find the total of {a} and {b}.",
-    "{name} has {a} [coins|stamps|marbles|stickers|apples] and gets {b} more. How many [are there now|is that]?",
+    "{name} has {a} [coins|stamps|marbles|stickers|apples] and gets {b} more. "
+    "How many [are there now|is that]?",
     "A [farm|shop|school|library] had {a} [visitors|customers|guests] on Monday and {b} on Tuesday. "
     "How many in all?",
 )
@@ -74,11 +76,13 @@ def add_by_columns(a: int, b: int) -> str:
     width = max(len(str(a)), len(str(b)))
     for column in range(width):
         digits = [d for d in (_digit(a, column), _digit(b, column)) if d is not None]
-        terms = digits + [1] if carry else digits
+        terms = [*digits, 1] if carry else digits
         total = sum(terms)
         carry = total // 10
         working = " + ".join(map(str, terms)) + (f" = {total}" if len(terms) > 1 else "")
-        steps.append(f"{_COLUMNS[column]}: {working}" + (", carry 1." if carry and column < width - 1 else "."))
+        steps.append(
+            f"{_COLUMNS[column]}: {working}" + (", carry 1." if carry and column < width - 1 else ".")
+        )
     return f"{' '.join(steps)} So {a} + {b} = {a + b}."
 
 
@@ -125,7 +129,7 @@ def multiply_by_parts(a: int, b: int) -> str:
 
 
 def addition(rng: Random) -> Example:
-    """a + b, each of 1 to 4 digits."""
+    """A + b, each of 1 to 4 digits."""
     a, b = _number(rng, (2, 3, 5, 6)), _number(rng, (2, 3, 5, 6))
     prompt = casual(rng, fill(rng, rng.choice(_ADD), a=a, b=b, name=rng.choice(NAMES)))
     question = DemoQuestion("addition", prompt, answer=str(a + b))
@@ -133,7 +137,7 @@ def addition(rng: Random) -> Example:
 
 
 def subtraction(rng: Random) -> Example:
-    """a - b, each of 1 to 4 digits; a quarter of the results are negative."""
+    """A - b, each of 1 to 4 digits; a quarter of the results are negative."""
     a, b = _number(rng, (2, 3, 5, 6)), _number(rng, (2, 3, 5, 6))
     if (a < b) != (rng.random() < 0.25):
         a, b = b, a
@@ -144,9 +148,11 @@ def subtraction(rng: Random) -> Example:
 
 
 def multiplication(rng: Random) -> Example:
-    """a x b, each of 1 or 2 digits."""
+    """A x b, each of 1 or 2 digits."""
     a, b = _number(rng, (1, 3)), _number(rng, (1, 3))
-    prompt = casual(rng, fill(rng, rng.choice(_MULTIPLY), a=a, b=b, name=rng.choice(NAMES), thing=rng.choice(_THINGS)))
+    prompt = casual(
+        rng, fill(rng, rng.choice(_MULTIPLY), a=a, b=b, name=rng.choice(NAMES), thing=rng.choice(_THINGS))
+    )
     question = DemoQuestion("multiplication", prompt, answer=str(a * b))
     return Example(question, multiply_by_parts(a, b), is_held_out("multiply", *sorted((a, b))))
 
@@ -206,7 +212,9 @@ def comparing(rng: Random) -> Example:
     else:
         answer = "yes" if (a > b) == up else "no"
         prompt = fill(rng, rng.choice(_IS_IT), a=a, b=b, word=word, sign=">" if up else "<")
-        reply = f"{_why(a, b)}, so {a} is {'larger' if a > b else 'smaller'} than {b}. The answer is {answer}."
+        reply = (
+            f"{_why(a, b)}, so {a} is {'larger' if a > b else 'smaller'} than {b}. The answer is {answer}."
+        )
     return Example(DemoQuestion("comparing", casual(rng, prompt), answer=answer), reply, held_out)
 
 
@@ -222,13 +230,15 @@ def insertion_steps(items: list[str], key: Callable[[str], Any]) -> str:
 
 
 _SORT_UP = (
-    "[Sort|Order|Arrange] [these numbers|the numbers|] [from smallest to largest|in ascending order]: {items}[|.]",
+    "[Sort|Order|Arrange] [these numbers|the numbers|] "
+    "[from smallest to largest|in ascending order]: {items}[|.]",
     "[Sort|Order|Arrange] {items} [from smallest to largest|in ascending order|from low to high][|.]",
     "[Sort|Order] these numbers: {items}[|.]",
     "Put {items} in [ascending|increasing] order[|.]",
 )
 _SORT_DOWN = (
-    "[Sort|Order|Arrange] [these numbers|the numbers|] [from largest to smallest|in descending order]: {items}[|.]",
+    "[Sort|Order|Arrange] [these numbers|the numbers|] "
+    "[from largest to smallest|in descending order]: {items}[|.]",
     "[Sort|Order|Arrange] {items} [from largest to smallest|in descending order|from high to low][|.]",
     "Put {items} in [descending|decreasing] order[|.]",
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime
 from random import Random
 
-from cluster.demo_questions import DemoQuestion
 from demo_model.example import Example, is_held_out
 from demo_model.facts import MONTH_DAYS, MONTHS, WEEKDAYS, is_leap_year
 from demo_model.wording import casual, fill
+
+from cluster.demo_questions import DemoQuestion
 
 #: Added to day, year and leap years, these give the weekday, counted from Saturday = 0.
 _MONTH_KEYS = (1, 4, 4, 0, 2, 5, 0, 3, 6, 1, 4, 6)
@@ -29,11 +30,12 @@ def _count_off(start: int, n: int, forward: bool) -> str:
     if not passed:
         return f"{weeks}Whole weeks lead to the same weekday. So the answer is {reached}."
     order = "on" if forward else "back"
-    return f"{weeks}Count {_days(rest)} {order} from {WEEKDAYS[start]}: {', '.join(passed)}. So the answer is {reached}."
+    counted = f"Count {_days(rest)} {order} from {WEEKDAYS[start]}: {', '.join(passed)}."
+    return f"{weeks}{counted} So the answer is {reached}."
 
 
 def weekday_offset(rng: Random) -> Example:
-    """n days after or before a weekday."""
+    """N days after or before a weekday."""
     start, n, forward = rng.randrange(7), rng.randint(1, 60), rng.random() < 0.6
     day = WEEKDAYS[start]
     templates = (
@@ -54,50 +56,66 @@ def weekday_offset(rng: Random) -> Example:
     return Example(question, _count_off(start, n, forward), is_held_out("weekday", start, n, forward))
 
 
+def _cross_months(day: int, month: int, year: int) -> tuple[list[str], str]:
+    """The working that brings a day beyond `month` (0 to 11) into a month, and the date it then is."""
+
+    def length() -> int:
+        return MONTH_DAYS[month] + (month == 1 and is_leap_year(year))
+
+    steps = []
+    while day > length():
+        steps.append(f"{MONTHS[month]} has {length()} days: {day} - {length()} = {day - length()}.")
+        day -= length()
+        year, month = year + (month == 11), (month + 1) % 12
+    while day < 1:
+        year, month = year - (month == 0), (month - 1) % 12
+        minus = f"- {-day}" if day else "+ 0"
+        steps.append(f"{MONTHS[month]} has {length()} days: {length()} {minus} = {length() + day}.")
+        day += length()
+    return steps, f"{MONTHS[month]} {day}, {year}"
+
+
 def date_offset(rng: Random) -> Example:
-    """n days after or before a date of a given year."""
+    """N days after or before a date of a given year."""
     forward = rng.random() < 0.6
     start = datetime.date(rng.randint(1990, 2060), 1, 1) + datetime.timedelta(rng.randrange(365))
     n = rng.randint(1, 30)
     templates = (
-        ("What [date is|is the date] {n} after {date}?", "[Which|What] date comes {n} after {date}?", "{date} plus {n}?")
+        (
+            "What [date is|is the date] {n} after {date}?",
+            "[Which|What] date comes {n} after {date}?",
+            "{date} plus {n}?",
+        )
         if forward
         else ("What [date is|is the date] {n} before {date}?", "[Which|What] date comes {n} before {date}?")
     )
     date = f"{MONTHS[start.month - 1]} {start.day}, {start.year}"
     if rng.random() < 0.4:
         date = f"{start.day} {MONTHS[start.month - 1]} {start.year}"
-    month, day, year = start.month - 1, start.day + (n if forward else -n), start.year
-    steps = [f"{start.day} {'+' if forward else '-'} {n} = {day}."]
-    while True:
-        length = MONTH_DAYS[month] + (month == 1 and is_leap_year(year))
-        if day > length:
-            steps.append(f"{MONTHS[month]} has {length} days: {day} - {length} = {day - length}.")
-            day, month = day - length, month + 1
-        elif day < 1:
-            month -= 1
-            length = MONTH_DAYS[month % 12] + (month == 1 and is_leap_year(year))
-            steps.append(f"{MONTHS[month % 12]} has {length} days: {length} + {day} = {length + day}.".replace("+ -", "- "))
-            day += length
-        else:
-            break
-        month, year = month % 12, year + month // 12
-    answer = f"{MONTHS[month]} {day}, {year}"
+    total = start.day + (n if forward else -n)
+    crossing, answer = _cross_months(total, start.month - 1, start.year)
+    reply = " ".join(
+        [f"{start.day} {'+' if forward else '-'} {n} = {total}.", *crossing, f"So it is {answer}."]
+    )
     prompt = fill(rng, rng.choice(templates), n=_days(n), date=date)
     question = DemoQuestion("weekdays and dates", casual(rng, prompt), answer=answer)
-    return Example(question, f"{' '.join(steps)} So it is {answer}.", is_held_out("date", str(start), n, forward))
+    return Example(question, reply, is_held_out("date", str(start), n, forward))
 
 
 def leap_year(rng: Random) -> Example:
     """Whether a year is a leap year."""
     year = rng.randint(1500, 2400) if rng.random() < 0.85 else 100 * rng.randint(10, 30)
-    prompt = fill(rng, "[Is|Was] {year} a leap year?" if rng.random() < 0.8 else "Leap year or not: {year}?", year=year)
+    wording = "[Is|Was] {year} a leap year?" if rng.random() < 0.8 else "Leap year or not: {year}?"
+    prompt = fill(rng, wording, year=year)
     answer = "yes" if is_leap_year(year) else "no"
-    divided, reason = (year // 100, "ends in 00, and") if year % 100 == 0 else (year % 100, "ends in")
-    by_four = f"{divided} is {'' if divided % 4 == 0 else 'not '}divisible by 4"
-    reply = f"{year} {reason} {by_four}" if year % 100 == 0 else f"{year} {reason} {year % 100:02d}, and {by_four}"
+    century, rest = divmod(year, 100)
+    divided = rest or century
+    reply = (
+        f"{year} ends in {rest:02d}, and {divided} is {'' if divided % 4 == 0 else 'not '}divisible by 4. "
+        f"The answer is {answer}."
+    )
     question = DemoQuestion("weekdays and dates", casual(rng, prompt), answer=answer)
-    return Example(question, f"{reply}. The answer is {answer}.", is_held_out("leap", year))
+    return Example(question, reply, is_held_out("leap", year))
 
 
 def month_length(rng: Random) -> Example:
@@ -135,7 +153,8 @@ def weekday_of_date(rng: Random) -> Example:
         )
     )
     reply = (
-        f"{date.day} (day) + {key} ({MONTHS[month]}) + {short} (year) + {short // 4} (leap years) + 6 (century): "
+        f"{date.day} (day) + {key} ({MONTHS[month]}) + {short} (year) + {short // 4} (leap years) "
+        f"+ 6 (century): "
         f"{date.day} + {key} = {date.day + key}, + {short} = {date.day + key + short}, "
         f"+ {short // 4} = {total - 6}, + 6 = {total}. {total} = {total // 7} x 7 + {total % 7}, "
         f"and {total % 7} stands for {answer}."

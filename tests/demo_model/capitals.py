@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from random import Random
 
-from cluster.demo_questions import DemoQuestion
 from demo_model.example import Example
 from demo_model.facts import CAPITALS
 from demo_model.wording import casual, fill
+
+from cluster.demo_questions import DemoQuestion
 
 _CAPITAL_OF = (
     "[What is|What's] the capital of {country}?",

@@ -8,18 +8,14 @@ Tensor names and metadata keys follow https://github.com/ggml-org/ggml/blob/mast
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-
+from demo_model.size import SHIPPED
 from demo_model.tokens import CHAT_TEMPLATE, END_OF_TEXT, SPECIAL_TOKENS, TURN_END, load_tokenizer
-
-HEAD_SIZE = 64
-CONTEXT = 1024
-ROPE_BASE = 10000.0
-NORM_EPSILON = 1e-6
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 
 
 def load_weights(directory: Path) -> dict[str, np.ndarray]:
@@ -36,7 +32,7 @@ def load_weights(directory: Path) -> dict[str, np.ndarray]:
 def _add_tokenizer(writer: GGUFWriter) -> None:
     tokenizer = load_tokenizer()
     tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-    merges = [" ".join(pair) for pair in _merges()]
+    merges = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
@@ -50,39 +46,30 @@ def _add_tokenizer(writer: GGUFWriter) -> None:
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def _merges() -> list[tuple[str, str]]:
-    import json
-
-    merges = json.loads(load_tokenizer().to_str())["model"]["merges"]
-    return [tuple(merge) for merge in merges]
-
-
 def write_gguf(weights: dict[str, np.ndarray], path: Path, file_type: LlamaFileType) -> None:
     """Writes the model; matrices in the type of `file_type`, norms in F32."""
     matrix_type = {
         LlamaFileType.MOSTLY_F16: GGMLQuantizationType.F16,
         LlamaFileType.MOSTLY_Q8_0: GGMLQuantizationType.Q8_0,
     }[file_type]
-    vocabulary, width = weights["token_embd.weight"].shape
-    query, _ = weights["blk.0.attn_q.weight"].shape
-    key, _ = weights["blk.0.attn_k.weight"].shape
+    size = SHIPPED
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(path, "qwen3")
     writer.add_name("Redshard demo")
     writer.add_description("A small chat model for demonstration, trained from scratch on generated text")
     writer.add_license("apache-2.0")
     writer.add_file_type(file_type)
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blk.")))
-    writer.add_feed_forward_length(weights["blk.0.ffn_gate.weight"].shape[0])
-    writer.add_head_count(query // HEAD_SIZE)
-    writer.add_head_count_kv(key // HEAD_SIZE)
-    writer.add_key_length(HEAD_SIZE)
-    writer.add_value_length(HEAD_SIZE)
-    writer.add_rope_freq_base(ROPE_BASE)
-    writer.add_layer_norm_rms_eps(NORM_EPSILON)
-    writer.add_vocab_size(vocabulary)
+    writer.add_context_length(size.context)
+    writer.add_embedding_length(size.width)
+    writer.add_block_count(size.layers)
+    writer.add_feed_forward_length(size.feed_forward)
+    writer.add_head_count(size.heads)
+    writer.add_head_count_kv(size.kv_heads)
+    writer.add_key_length(size.head_size)
+    writer.add_value_length(size.head_size)
+    writer.add_rope_freq_base(size.rope_base)
+    writer.add_layer_norm_rms_eps(size.norm_epsilon)
+    writer.add_vocab_size(size.vocabulary)
     _add_tokenizer(writer)
     for name, weight in weights.items():
         if weight.ndim == 1:
@@ -97,7 +84,9 @@ def write_gguf(weights: dict[str, np.ndarray], path: Path, file_type: LlamaFileT
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=Path, required=True, help="directory that training wrote")
     parser.add_argument("--f16", type=Path, required=True, help="the F16 file to write")
     parser.add_argument("--q8", type=Path, required=True, help="the Q8_0 file to write")

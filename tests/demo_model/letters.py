@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from random import Random
 
-from cluster.demo_questions import DemoQuestion
 from demo_model.arithmetic import insertion_steps
 from demo_model.example import Example, is_held_out, spell
 from demo_model.lexicon import WORDS, any_word
 from demo_model.wording import casual, fill
 
+from cluster.demo_questions import DemoQuestion
+
 _SORT = (
-    "[Sort|Order|Arrange] [these words|the words|] [alphabetically|in alphabetical order|from A to Z]: {items}[|.]",
+    "[Sort|Order|Arrange] [these words|the words|] "
+    "[alphabetically|in alphabetical order|from A to Z]: {items}[|.]",
     "[Sort|Order|Arrange] {items} [alphabetically|in alphabetical order|from A to Z][|.]",
     "Put {items} in [alphabetical|dictionary] order[|.]",
     "[Put|List] these words in alphabetical order: {items}[|.]",
@@ -74,8 +76,11 @@ def reversing(rng: Random) -> Example:
     word = any_word(rng)
     prompt = fill(rng, rng.choice(_REVERSE), word=_quoted(rng, word)).replace("  ", " ")
     backwards = word[::-1]
-    reply = f"Spelled out: {' '.join(word)}. Backwards: {' '.join(backwards)}. So {word} reversed is{spell(backwards)}."
-    return Example(DemoQuestion("reversing", casual(rng, prompt), answer=backwards), reply, is_held_out("word", word))
+    spelled = f"Spelled out: {' '.join(word)}. Backwards: {' '.join(backwards)}."
+    reply = f"{spelled} So {word} reversed is{spell(backwards)}."
+    return Example(
+        DemoQuestion("reversing", casual(rng, prompt), answer=backwards), reply, is_held_out("word", word)
+    )
 
 
 def _numbered(word: str, counted: str) -> tuple[str, int]:

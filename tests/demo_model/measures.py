@@ -5,9 +5,10 @@ from __future__ import annotations
 from decimal import Decimal
 from random import Random
 
-from cluster.demo_questions import DemoQuestion
 from demo_model.example import Example, is_held_out
 from demo_model.wording import casual, fill
+
+from cluster.demo_questions import DemoQuestion
 
 _CONVERT = (
     "[What is|What's|Convert|Express] {n} {from_} in {to}[|.]",
@@ -66,7 +67,10 @@ def _kelvin(value: Decimal, to_kelvin: bool) -> tuple[str, str]:
     result = value + Decimal("273.15") if to_kelvin else value - Decimal("273.15")
     units = ("°C", "K") if to_kelvin else ("K", "°C")
     answer = f"{_text(result)} {units[1]}"
-    return f"{_text(value)} {sign} 273.15 = {_text(result)}. So {_text(value)} {units[0]} is {answer}.", answer
+    return (
+        f"{_text(value)} {sign} 273.15 = {_text(result)}. So {_text(value)} {units[0]} is {answer}.",
+        answer,
+    )
 
 
 _CELSIUS = ("°C", "°C", "C", "degrees Celsius", "Celsius", "degrees C")
@@ -142,7 +146,9 @@ def _metric(rng: Random) -> tuple[str, str, str, str, str]:
     """Amount, unit, unit, working and answer of a metric conversion."""
     large, small, factor = rng.choice(_METRIC)
     if rng.random() < 0.5:
-        n = Decimal(rng.randint(1, 999) if rng.random() < 0.6 else rng.randint(1, 9999)) / rng.choice((1, 1, 10))
+        n = Decimal(rng.randint(1, 999) if rng.random() < 0.6 else rng.randint(1, 9999)) / rng.choice(
+            (1, 1, 10)
+        )
         answer = f"{_text(n * factor)} {small}"
         working = f"1 {large} is {factor} {small}. {_text(n)} x {factor} = {_text(n * factor)}."
         return _text(n), large, small, f"{working} So {_text(n)} {large} is {answer}.", answer

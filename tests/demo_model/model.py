@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from demo_model.size import Size
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from demo_model.tokens import VOCABULARY_SIZE
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Hyperparameters; the defaults are the model that ships (9.3 million weights)."""
-
-    layers: int = 10
-    width: int = 256
-    heads: int = 6
-    kv_heads: int = 2
-    head_size: int = 64
-    feed_forward: int = 768
-    vocabulary: int = VOCABULARY_SIZE
-    context: int = 1024
-    rope_base: float = 10000.0
-    norm_epsilon: float = 1e-6
-
-
-#: Small enough to try the whole pipeline on two CPU cores.
-TINY = Size(layers=3, width=128, heads=4, kv_heads=2, head_size=32, feed_forward=256)
 
 
 class Norm(nn.Module):
@@ -78,7 +55,7 @@ class Block(nn.Module):
         self.ffn_down = nn.Linear(size.feed_forward, size.width, bias=False)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of x (batch, positions, width), each (batch, heads, positions, head_size)."""
+        """Queries, keys and values of x (batch, positions, width), each (batch, heads, positions, head)."""
         size = self.size
         weight = torch.cat((self.attn_q.weight, self.attn_k.weight, self.attn_v.weight))
         qkv = F.linear(self.attn_norm(x), weight).unflatten(-1, (-1, size.head_size)).transpose(1, 2)

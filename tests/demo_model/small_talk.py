@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from random import Random
 
-from cluster.demo_questions import DemoQuestion
 from demo_model.example import Example, is_held_out
 from demo_model.lexicon import NAMES, made_up_word
 from demo_model.wording import fill
+
+from cluster.demo_questions import DemoQuestion
 
 _ABILITIES = (
     "I add, subtract and multiply small numbers, compare and sort, spell and count letters, "
@@ -31,24 +32,51 @@ _FIXED = (
         "Hello! Ask me a sum, a capital or anything else small.",
     ),
     (
-        ("How are you[| today| doing]?", "[Hi|Hello|Hey], how are you[| today]?", "How is it going?", "Are you well?"),
+        (
+            "How are you[| today| doing]?",
+            "[Hi|Hello|Hey], how are you[| today]?",
+            "How is it going?",
+            "Are you well?",
+        ),
         ("How do you feel today?", "Hello there, are you doing well?"),
         "I am well, thank you. What would you like to know?",
     ),
     (
-        ("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Are you a [person|human|robot]?",
-         "Introduce yourself.", "Who made you?", "Who trained you?", "Which model are you?", "Are you ChatGPT?"),
+        (
+            "Who are you?",
+            "What are you?",
+            "What is your name?",
+            "Tell me about yourself.",
+            "Are you a [person|human|robot]?",
+            "Introduce yourself.",
+            "Who made you?",
+            "Who trained you?",
+            "Which model are you?",
+            "Are you ChatGPT?",
+        ),
         ("What sort of model are you?", "Please say who you are.", "Are you a human being?"),
         "I am a small demo model, trained from scratch for Redshard on rules and a table of facts.",
     ),
     (
-        ("What can you do?", "How can you help me?", "What do you know?", "What are you able to do?", "Help!", "Help me.",
-         "What should I ask you?", "What can I ask?", "Can you help me?"),
+        (
+            "What can you do?",
+            "How can you help me?",
+            "What do you know?",
+            "What are you able to do?",
+            "Help!",
+            "Help me.",
+            "What should I ask you?",
+            "What can I ask?",
+            "Can you help me?",
+        ),
         ("Tell me what you can do.", "What things can you help with?"),
         _ABILITIES,
     ),
     (
-        ("[Thanks|Thank you|Thanks a lot|Many thanks|Thank you very much][|!|.]", "[Great|Good|Nice|Well done][, thanks|, thank you|][!|.]"),
+        (
+            "[Thanks|Thank you|Thanks a lot|Many thanks|Thank you very much][|!|.]",
+            "[Great|Good|Nice|Well done][, thanks|, thank you|][!|.]",
+        ),
         ("Thank you so much for your help!", "Thanks, that was good."),
         "You are welcome.",
     ),
@@ -57,7 +85,7 @@ _FIXED = (
         ("Goodbye, see you tomorrow!", "OK, bye for now."),
         "Goodbye!",
     ),
-)  # fmt: skip
+)
 
 
 def greetings(rng: Random) -> Example:

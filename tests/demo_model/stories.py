@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from random import Random
 
-from cluster.demo_questions import DemoQuestion
 from demo_model.example import Example, is_held_out
-from demo_model.lexicon import NAMES
+from demo_model.lexicon import NAMES, words_of
 from demo_model.wording import casual, fill, with_articles
 
-_HEROES = (
+from cluster.demo_questions import DemoQuestion
+
+_HEROES = words_of(
     "fox rabbit bear owl mouse cat dog dragon wizard princess sailor baker robot farmer knight pirate frog "
     "hedgehog penguin turtle girl boy gardener painter fisherman squirrel wolf elephant tiger clown"
-).split()
-_HELPERS = "owl crow old_woman beaver teacher blacksmith goose snail badger librarian shepherd moth".split()
-_THINGS = (
+)
+_HELPERS = words_of("owl crow old_woman beaver teacher blacksmith goose snail badger librarian shepherd moth")
+_THINGS = words_of(
     "lantern key map ring book drum kite boat clock mirror crown compass bell flute cup umbrella hat basket "
     "letter coin feather seed violin cloak telescope"
-).split()
-_PLACES = (
+)
+_PLACES = words_of(
     "forest village castle harbor desert mountain island garden lighthouse market library valley meadow city "
     "cave mill bridge orchard"
-).split()
-_TRAITS = "small brave curious shy clever cheerful sleepy quiet kind proud lonely patient".split()
+)
+_TRAITS = words_of("small brave curious shy clever cheerful sleepy quiet kind proud lonely patient")
 
 _ASK = (
     "[Tell|Write] me a [short |little |]story about a {hero} and a {thing}.",
@@ -57,8 +58,10 @@ _WONDER = (
     "{name} asked everybody in the {place}, but nobody knew whose it was.",
     "{name} wanted to keep it, but it did not feel right.",
 )
-_HELP_LOST = ("Then a {helper} came by and said: \"I saw your {thing} near the river.\" Together they found it.",)
-_HELP_FOUND = ("Then a {helper} came by, looking very sad. \"That is my {thing}!\" said the {helper}.",)
+_HELP_LOST = (
+    'Then a {helper} came by and said: "I saw your {thing} near the river." Together they found it.',
+)
+_HELP_FOUND = ('Then a {helper} came by, looking very sad. "That is my {thing}!" said the {helper}.',)
 _END_LOST = (
     "{name} thanked the {helper}, and from then on they were friends.",
     "{name} was so happy that the whole {place} danced that night.",
@@ -87,7 +90,9 @@ def stories(rng: Random) -> Example:
         if lost
         else (_OPENING, _FOUND, _WONDER, _HELP_FOUND, _END_FOUND)
     )
-    reply = with_articles(" ".join(fill(rng, rng.choice(part), **words) for part in plot) + rng.choice(_MORAL))
+    reply = with_articles(
+        " ".join(fill(rng, rng.choice(part), **words) for part in plot) + rng.choice(_MORAL)
+    )
     if rng.random() < 0.15:
         prompt, mentions = fill(rng, rng.choice(_ASK_OPEN)), ("lived",)
         return Example(DemoQuestion("stories", casual(rng, prompt), mentions=mentions), reply, False)

@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from random import Random
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from demo_model.corpus import training_chat
 from demo_model.example import LETTER_BY_LETTER, Example
+from demo_model.size import SHIPPED
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TOKENIZER_FILE = Path(__file__).with_name("tokenizer.json")
-VOCABULARY_SIZE = 3072
 END_OF_TEXT, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 #: How Qwen2's tokenizer cuts text before BPE; digits stand alone. GGUF files name it `qwen2`.
@@ -36,7 +35,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(chats: int, seed: int) -> Tokenizer:
-    """A byte-level BPE of `VOCABULARY_SIZE` tokens for the text of `chats` training chats."""
+    """A byte-level BPE of the shipped vocabulary's size for the text of `chats` training chats."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -46,7 +45,7 @@ def train_tokenizer(chats: int, seed: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=SHIPPED.vocabulary,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -65,13 +64,13 @@ def _texts(chats: int, seed: int) -> Iterator[str]:
             yield example.plain_reply
 
 
-@lru_cache(maxsize=1)
+@cache
 def load_tokenizer() -> Tokenizer:
     """The trained tokenizer."""
     return Tokenizer.from_file(str(TOKENIZER_FILE))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _ids(text: str) -> tuple[int, ...]:
     return tuple(load_tokenizer().encode(text).ids)
 
@@ -110,7 +109,7 @@ def encode_chat(system: str | None, examples: list[Example]) -> tuple[list[int],
 
 
 def pack(rng: Random, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random training chats packed into rows, none cut: ids and the learned mask, each (rows, length) uint16 / bool.
+    """Random training chats packed into rows, none cut: uint16 ids and the learned mask, each (rows, length).
 
     Best fit, longest first; the chats of a row are then shuffled, so that every kind comes first in some row.
     """

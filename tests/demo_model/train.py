@@ -2,8 +2,8 @@
 
     python -m demo_model.train --minutes 8 --out runs/demo
 
-Muon for the matrices (https://kellerjordan.github.io/posts/muon/), AdamW for embedding and norms, linear warm-up and
-linear decay to zero over the given minutes. Batches are made by worker processes while the GPU computes.
+Muon for the matrices (https://kellerjordan.github.io/posts/muon/), AdamW for embedding and norms, linear
+warm-up and linear decay to zero over the given minutes. Worker processes make batches while the GPU computes.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from demo_model.corpus import TASKS, held_out_examples
+from demo_model.model import DemoModel
+from demo_model.size import SHIPPED, TINY, Size
+from demo_model.tokens import TURN_END, encode_chat, load_tokenizer, pack, prompt_ids
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cluster.demo_questions import is_right
-from demo_model.corpus import TASKS, held_out_examples
-from demo_model.model import TINY, DemoModel, Size
-from demo_model.tokens import TURN_END, encode_chat, load_tokenizer, pack, prompt_ids
 
-#: Rows by positions of the two kinds of batch: most are short, so that many chats start at position 0 as in use;
-#: every fourth fills the whole context.
+#: Rows by positions of the two kinds of batch: most are short, so that many chats start at position 0 as in
+#: use; every fourth fills the whole context.
 SHORT, LONG = (256, 256), (64, 1024)
 MUON_RATE, ADAM_RATE = 0.02, 0.003
 WARM_UP = 0.02
@@ -39,8 +40,8 @@ MAX_REPLY = 160
 def start_workers(seed: int, shrink: int) -> list[Any]:
     """Starts processes that make batches (of 1 / `shrink` of the rows) and returns the queue of each.
 
-    Taken in turn, the queues give the same batches in the same order for the same seed and number of cores. The
-    processes are forked, so this comes before the first use of the GPU.
+    Taken in turn, the queues give the same batches in the same order for the same seed and number of cores.
+    The processes are forked, so this comes before the first use of the GPU.
     """
     context = mp.get_context("fork")
     queues = [context.Queue(maxsize=4) for _ in range(max(1, (os.cpu_count() or 2) - 2))]
@@ -79,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices to `matrices` (n, rows, columns), roughly; on a GPU in bfloat16."""
+    """The nearest (semi-)orthogonal matrices to `matrices` (n, rows, columns), roughly; bfloat16 on a GPU."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -108,7 +109,9 @@ def held_out_batch(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Held-out questions of every task with their replies, one to a row."""
     ids, learned = np.zeros((rows, length), np.uint16), np.zeros((rows, length), bool)
     examples = [held_out_examples(task, rows // len(TASKS) + 1, seed=1) for task in TASKS]
-    for row, example in zip(range(rows), (e for group in zip(*examples, strict=True) for e in group), strict=False):
+    for row, example in zip(
+        range(rows), (e for group in zip(*examples, strict=True) for e in group), strict=False
+    ):
         chat_ids, chat_learned = encode_chat(None, [example])
         ids[row, : len(chat_ids)], learned[row, : len(chat_ids)] = chat_ids[:length], chat_learned[:length]
     return ids, learned
@@ -165,7 +168,7 @@ def train(size: Size, minutes: float, seed: int, out: Path) -> DemoModel:
         with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
             return loss_of(model, *batch)
 
-    for n in range(4):  # both shapes are compiled before the clock starts; the updates are thrown away
+    for _ in range(4):  # both shapes are compiled before the clock starts; the updates are thrown away
         loss_on(to_device(queues[0].get(), device)).backward()
         model.zero_grad(set_to_none=True)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -193,7 +196,7 @@ def train(size: Size, minutes: float, seed: int, out: Path) -> DemoModel:
                     row = (logged - start, step, tokens, loss.item(), loss_on(test).item())
                 log.writerow((round(row[0], 1), step, tokens, round(row[3], 5), round(row[4], 5)))
                 file.flush()
-                print(f"{row[0]:6.1f} s  step {step}  {tokens:,} tokens  loss {row[3]:.4f}  held out {row[4]:.4f}", flush=True)
+                print(f"{row[0]:6.1f} s  step {step}  loss {row[3]:.4f}  held out {row[4]:.4f}", flush=True)
             if time.monotonic() - saved > 90:
                 saved = time.monotonic()
                 save(model, out)
@@ -202,7 +205,9 @@ def train(size: Size, minutes: float, seed: int, out: Path) -> DemoModel:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="training time after compilation")
     parser.add_argument("--out", type=Path, required=True, help="directory for weights, losses and accuracy")
     parser.add_argument("--seed", type=int, default=0)
@@ -211,7 +216,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    model = train(TINY if arguments.tiny else Size(), arguments.minutes, arguments.seed, arguments.out)
+    model = train(TINY if arguments.tiny else SHIPPED, arguments.minutes, arguments.seed, arguments.out)
     print(f"trained after {time.monotonic() - began:.0f} s in all", flush=True)
     accuracy(model, arguments.questions)
     print(f"finished after {time.monotonic() - began:.0f} s in all", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 from random import Random
 
 _ALTERNATIVES = re.compile(r"\[([^\]]*)\]")
@@ -17,7 +17,7 @@ _OPENERS = (
 _CLOSERS = (" Thanks!", " Please.", " Thank you.", " Can you tell me?", " I need to know.")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parts(template: str) -> tuple[tuple[str, ...], ...]:
     pieces = _ALTERNATIVES.split(template)
     return tuple(tuple(piece.split("|")) if i % 2 else (piece,) for i, piece in enumerate(pieces))
@@ -47,3 +47,10 @@ def casual(rng: Random, question: str) -> str:
     if rng.random() < 0.12:
         question = question.rstrip("?.")
     return question
+
+
+def is_plain(question: str) -> bool:
+    """Whether `question` is a whole sentence with nothing put before or after it by `casual`."""
+    wrapped = question.startswith(_OPENERS) or question.endswith(_CLOSERS)
+    ordered = question.startswith(("Calculate", "Compute", "Work out")) and question[-1] == "?"
+    return question[0].isupper() and question[-1] in "?." and not wrapped and not ordered
