@@ -6,14 +6,10 @@
 constexpr i32 ROW_THREADS = 256;
 
 #ifdef WEIGHT_TYPE
-// One workgroup a token. Compiled for the type of the token table.
-KERNEL(embed, ROW_THREADS)(const EmbedArguments a) {
-  const i32 t = group_x();
-  if (t >= a.step->n_tokens) return;
-  const i32 row = a.token_ids[t];
-  float* out = a.out + (i64)t * a.width;
-  if constexpr (is_quantized(WEIGHT_TYPE)) {
-    using Weights = Format<WEIGHT_TYPE>;
+template <i32 type>
+DEVICE inline void embed_row(const EmbedArguments& a, i32 row, float* out) {
+  if constexpr (is_quantized(type)) {
+    using Weights = Format<type>;
     for (i32 chunk = thread_index(); chunk < a.width / Weights::ELEMENTS; chunk += ROW_THREADS) {
       const auto c = Weights::load(a.table, a.width, row, chunk);
 #pragma unroll
@@ -27,8 +23,14 @@ KERNEL(embed, ROW_THREADS)(const EmbedArguments a) {
     }
   } else {
     for (i32 k = thread_index(); k < a.width; k += ROW_THREADS)
-      out[k] = a.scale * float_weight<WEIGHT_TYPE>(a.table, (i64)row * a.width + k);
+      out[k] = a.scale * float_weight<type>(a.table, (i64)row * a.width + k);
   }
+}
+
+// One workgroup a token. Compiled for the type of the token table.
+KERNEL(embed, ROW_THREADS)(const EmbedArguments a) {
+  const i32 t = group_x();
+  if (t < a.step->n_tokens) embed_row<WEIGHT_TYPE>(a, a.token_ids[t], a.out + (i64)t * a.width);
 }
 #endif
 
