@@ -31,7 +31,6 @@ from loader.model_path import find_model
 from loader.tokenizer import Tokenizer
 from worker.configuration import WorkerConfiguration
 
-DEFAULT_MAX_CONTEXT = 4096
 DEFAULT_STEP_TOKENS = 512
 
 Device = Literal["auto", "cpu", "hip", "cuda"]
@@ -100,7 +99,7 @@ class LLM:
             kind=device,
             max_context=_in_range(
                 "max_context",
-                max_context or min(self.config.context_length, DEFAULT_MAX_CONTEXT),
+                max_context or self.config.default_context,
                 2,
                 self.config.context_length,
             ),

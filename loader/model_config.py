@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from loader.gguf_file import GGUFError, GGUFFile, TensorInfo
 from loader.quant_types import QuantType
 
+_DEFAULT_CONTEXT = 4096
+
 RopeStyle = Literal["norm", "neox"]
 RopeScaling = Literal["none", "linear", "yarn"]
 
@@ -154,6 +156,11 @@ class ModelConfig(BaseModel):
     @property
     def spec(self) -> ArchSpec:
         return ARCHITECTURES[self.architecture]
+
+    @property
+    def default_context(self) -> int:
+        """Tokens of a sequence where nobody asks for more: long contexts cost cache."""
+        return min(self.context_length, _DEFAULT_CONTEXT)
 
     @property
     def n_q(self) -> int:

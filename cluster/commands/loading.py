@@ -46,13 +46,15 @@ def loaded_model(model: str, **options: Any) -> Iterator[Loaded]:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
+    console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task("starting workers", total=None)

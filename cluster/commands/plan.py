@@ -23,7 +23,10 @@ def plan(
     gpus: Annotated[
         str, typer.Option(help="GPUs and their memory, such as 4x16GiB,1x8GiB.", show_default=False)
     ],
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 4096,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of each sequence; up to 4096 unless given.", show_default=False),
+    ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences at the same time.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
@@ -32,6 +35,7 @@ def plan(
     with GGUFFile.open(find_model(model)) as file:
         config = ModelConfig.from_gguf(file)
         size = ModelSize.of(config, ModelTensors(config, file))
+    context = context or config.default_context
     if context > config.context_length:
         raise ParameterError(
             f"--context {context} exceeds the {config.context_length} tokens {config.name} was made for"

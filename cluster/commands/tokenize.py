@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cluster.commands.options import ModelArgument
+from cluster.commands.text_files import read_lines
 from cluster.errors import ParameterError
 from loader.gguf_file import GGUFFile
 from loader.model_path import find_model
@@ -36,12 +37,11 @@ def tokenize(
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with typer.open_file(str(path), encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)
-            except ValueError:
-                text = None
-            if not isinstance(text, str):
-                raise ParameterError(f'{path}, line {number}: expected one JSON string, such as "some text"')
-            yield text
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            text = json.loads(line)
+        except ValueError:
+            text = None
+        if not isinstance(text, str):
+            raise ParameterError(f'{path}, line {number}: expected one JSON string, such as "some text"')
+        yield text

@@ -1,0 +1,164 @@
+"""The command line: what it prints, and one clear line with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.gguf_models import tiny_config, write_model
+
+from cluster import cli
+
+Run = Callable[..., "Outcome"]
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["redshard", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config("qwen3", n_layers=3, context_length=256)
+    return write_model(tmp_path_factory.mktemp("cli") / "tiny.gguf", config)
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("error: ")
+    for word in words:
+        assert word in outcome.err
+
+
+def test_inspect_shows_the_model(run: Run, model: Path) -> None:
+    outcome = run("inspect", model, "--tensors")
+    assert outcome.code == 0
+    for text in ("qwen3", "n layers", "blk.2.ffn_down.weight", "Tensors by type"):
+        assert text in outcome.out
+
+
+def test_inspect_as_json(run: Run, model: Path) -> None:
+    summary = json.loads(run("inspect", model, "--json").out)
+    assert summary["file"]["architecture"] == "qwen3"
+    assert summary["hyperparameters"]["n_layers"] == 3
+    assert sum(row["tensors"] for row in summary["types"]) > 20
+
+
+def test_plan_puts_every_layer_somewhere(run: Run, model: Path) -> None:
+    plan = json.loads(run("plan", model, "--gpus", "2x1GiB,1x2GiB", "--context", 64, "--json").out)
+    layers = [range(stage["first"], stage["last"]) for stage in plan["stages"]]
+    assert [layer for stage in layers for layer in stage] == [0, 1, 2]
+    assert plan["kv_tokens"] >= 64
+
+
+def test_plan_says_what_would_fit(run: Run, model: Path) -> None:
+    refused(run("plan", model, "--gpus", "1MiB"), "would hold them")
+    refused(run("plan", model, "--gpus", "lots"), "'lots'", "4x16GiB")
+    refused(run("plan", model, "--gpus", "1GiB", "--context", 257), "257", "256")
+
+
+def test_tokenize_prints_a_line_a_text(run: Run, model: Path, tmp_path: Path) -> None:
+    lines = run("tokenize", model, "ab", "b").out.splitlines()
+    assert len(lines) == 2
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('"ab"\n"b"\n')
+    assert run("tokenize", model, "--jsonl", texts).out.splitlines() == lines
+
+
+def test_tokenize_refuses_what_is_no_json_string(run: Run, model: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('"ab"\n{"not": "a string"}\n')
+    refused(run("tokenize", model, "--jsonl", texts), "line 2", "JSON string")
+    refused(run("tokenize", model), "--jsonl")
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "tokenize", "generate", "bench"])
+def test_missing_and_broken_files(run: Run, tmp_path: Path, command: str) -> None:
+    options = {"plan": ["--gpus", "1GiB"], "tokenize": ["x"], "generate": ["x"]}.get(command, [])
+    refused(run(command, tmp_path / "none.gguf", *options), "none.gguf", "demo")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\x03\0\0\0")
+    refused(run(command, broken, *options), "broken.gguf", "truncated")
+
+
+def test_unsupported_architecture_lists_the_known_ones(run: Run, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", tiny_config("llama"), metadata={"general.architecture": "novel"})
+    refused(run("generate", path, "x"), "novel", "llama", "qwen2", "qwen3")
+
+
+def test_invalid_parameters(run: Run, model: Path) -> None:
+    refused(run("generate", model, "x", "--temperature", "-1"), "temperature")
+    refused(run("generate", model), "give a prompt")
+    refused(run("generate", model, "x", "--stages", 6), "stages", "5")
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_generate_streams_one_prompt(run: Run, model: Path) -> None:
+    options = ("--max-tokens", 5, "--temperature", 0, "--context", 64)
+    outcome = run("generate", model, "abc", *options)
+    assert outcome.code == 0
+    assert outcome.out.endswith("\n")
+    assert "generated" in outcome.err
+    assert "tok/s" in outcome.err
+    answers = json.loads(run("generate", model, "abc", "b", *options, "--json").out)["completions"]
+    assert [answer["prompt"] for answer in answers] == ["abc", "b"]
+    assert answers[0]["text"] + "\n" == outcome.out
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_generate_prints_prompts_in_order(run: Run, model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("first\nsecond\nthird\n")
+    outcome = run("generate", model, "--file", prompts, "--max-tokens", 3, "--context", 64, "--stages", 2)
+    places = [outcome.out.index(f"{name} ─") for name in ("first", "second", "third")]
+    assert places == sorted(places)
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_a_prompt_longer_than_the_context_is_refused(run: Run, model: Path) -> None:
+    refused(run("generate", model, "abc " * 100, "--context", 64), "context", "shorten")
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_bench_reports_every_figure(run: Run, model: Path) -> None:
+    options = ("--prompt", 32, "--tokens", 4, "--sequences", 3, "--rounds", 1)
+    report = json.loads(run("bench", model, *options, "--json").out)
+    assert all(rate > 0 for rate in report["throughput"].values())
+    assert report["bytes_per_token"] > 0
+    assert 0 < report["bandwidth_share"] < 10
+    assert {"schedule", "compute", "handoff"} <= set(report["overheads_us"])
+    assert "tok/s" in run("bench", model, *options).out
+
+
+def test_commands_that_only_read_the_file_do_not_load_ray(model: Path) -> None:
+    code = (
+        "import sys; from cluster import cli\n"
+        f"sys.argv = ['redshard', 'inspect', {str(model)!r}]\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), stdout=subprocess.DEVNULL)
