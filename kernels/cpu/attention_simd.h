@@ -17,7 +17,7 @@ constexpr i64 kTileVectors = 1;
 #endif
 
 #if defined(__AVX2__)
-// out[j * kPartition + i] = rows[i][j] for i, j < 8.
+// out[j * kLanes + i] = rows[i][column + j] for i, j < 8.
 inline void load_turned_8x8(const f16_bits* const* rows, i64 column, float* out) {
   __m256 r[8], t[8];
   for (int i = 0; i < 8; ++i) {
@@ -34,49 +34,53 @@ inline void load_turned_8x8(const f16_bits* const* rows, i64 column, float* out)
     r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(out + i * kPartition, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(out + (i + 4) * kPartition, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    _mm256_storeu_ps(out + i * kLanes, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * kLanes, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
 }
 #endif
 
-// keys [head_dim, kPartition]; positions up to the next multiple of kLanes are filled with zeros.
+// A panel is kLanes columns of a matrix, row after row, so that a tile reads consecutive memory.
+
+// Panels of positions, head_dim rows each; positions up to the end of the last panel are filled with zeros.
 void load_keys(const PartitionArguments& a, float* keys) {
-  i64 position = 0;
+  for (i64 first = 0; first < a.n_positions; first += kLanes, keys += a.head_dim * kLanes) {
+    const i64 n = a.n_positions - first < kLanes ? a.n_positions - first : kLanes;
+    i64 i = 0;
 #if defined(__AVX2__)
-  for (; position + 8 <= a.n_positions; position += 8) {
-    i64 d = 0;
-    for (; d + 8 <= a.head_dim; d += 8) {
-      load_turned_8x8(a.keys + position, d, keys + d * kPartition + position);
+    for (; i + 8 <= n; i += 8) {
+      const f16_bits* const* rows = a.keys + first + i;
+      i64 d = 0;
+      for (; d + 8 <= a.head_dim; d += 8) load_turned_8x8(rows, d, keys + d * kLanes + i);
+      for (; d < a.head_dim; ++d) {
+        for (i64 j = 0; j < 8; ++j) keys[d * kLanes + i + j] = half_to_float(rows[j][d]);
+      }
     }
-    for (; d < a.head_dim; ++d) {
-      for (i64 i = position; i < position + 8; ++i) keys[d * kPartition + i] = half_to_float(a.keys[i][d]);
-    }
-  }
 #endif
-  for (; position < a.n_positions; ++position) {
-    for (i64 d = 0; d < a.head_dim; ++d) keys[d * kPartition + position] = half_to_float(a.keys[position][d]);
-  }
-  for (; position % kLanes; ++position) {
-    for (i64 d = 0; d < a.head_dim; ++d) keys[d * kPartition + position] = 0.0f;
+    for (; i < kLanes; ++i) {
+      for (i64 d = 0; d < a.head_dim; ++d) keys[d * kLanes + i] = i < n ? half_to_float(a.keys[first + i][d]) : 0.0f;
+    }
   }
 }
 
-// values [n_positions, padded(value_dim)]
+// Panels of dimensions, kPartition rows each; dimensions up to the end of the last panel are filled with zeros.
 void load_values(const PartitionArguments& a, float* values) {
-  const i64 stride = padded(a.value_dim);
   for (i64 position = 0; position < a.n_positions; ++position) {
     const f16_bits* in = a.values[position];
-    float* out = values + position * stride;
-    i64 d = 0;
-    for (; d + kLanes <= a.value_dim; d += kLanes) store(out + d, load_half(in + d));
-    for (; d < stride; ++d) out[d] = d < a.value_dim ? half_to_float(in[d]) : 0.0f;
+    float* out = values + position * kLanes;
+    for (i64 d = 0; d < a.value_dim; d += kLanes, out += kPartition * kLanes) {
+      if (d + kLanes <= a.value_dim) {
+        store(out, load_half(in + d));
+        continue;
+      }
+      for (i64 i = 0; i < kLanes; ++i) out[i] = d + i < a.value_dim ? half_to_float(in[d + i]) : 0.0f;
+    }
   }
 }
 
-// out[r, c] = sum over k < depth, in order, of a[r, k] * b[k, c], for `rows` rows and `vectors` times kLanes columns.
+// out[r, c] = sum over k < depth, in order, of a[r, k] * b[k, c], for `rows` rows and `vectors` panels.
 template <i64 rows, i64 vectors>
-inline void multiply_tile(const float* a, i64 a_stride, const float* b, i64 b_stride, i64 depth, float* out,
+inline void multiply_tile(const float* a, i64 a_stride, const float* b, i64 panel_stride, i64 depth, float* out,
                           i64 out_stride) {
   Lanes sums[rows][vectors];
   for (i64 r = 0; r < rows; ++r) {
@@ -84,7 +88,7 @@ inline void multiply_tile(const float* a, i64 a_stride, const float* b, i64 b_st
   }
   for (i64 k = 0; k < depth; ++k) {
     Lanes column[vectors];
-    for (i64 v = 0; v < vectors; ++v) column[v] = load(b + k * b_stride + v * kLanes);
+    for (i64 v = 0; v < vectors; ++v) column[v] = load(b + k * kLanes + v * panel_stride);
     for (i64 r = 0; r < rows; ++r) {
       const Lanes element = broadcast(a[r * a_stride + k]);
       for (i64 v = 0; v < vectors; ++v) sums[r][v] = fma(element, column[v], sums[r][v]);
@@ -96,28 +100,29 @@ inline void multiply_tile(const float* a, i64 a_stride, const float* b, i64 b_st
 }
 
 template <i64 rows>
-inline void multiply_rows(const float* a, i64 a_stride, const float* b, i64 b_stride, i64 depth, float* out,
-                          i64 out_stride, i64 columns) {
-  i64 c = 0;
-  for (; c + kTileVectors * kLanes <= columns; c += kTileVectors * kLanes) {
-    multiply_tile<rows, kTileVectors>(a, a_stride, b + c, b_stride, depth, out + c, out_stride);
+inline void multiply_rows(const float* a, i64 a_stride, const float* b, i64 panel_stride, i64 depth, float* out,
+                          i64 out_stride, i64 n_panels) {
+  i64 p = 0;
+  for (; p + kTileVectors <= n_panels; p += kTileVectors) {
+    multiply_tile<rows, kTileVectors>(a, a_stride, b + p * panel_stride, panel_stride, depth, out + p * kLanes,
+                                      out_stride);
   }
-  for (; c < columns; c += kLanes) {
-    multiply_tile<rows, 1>(a, a_stride, b + c, b_stride, depth, out + c, out_stride);
+  for (; p < n_panels; ++p) {
+    multiply_tile<rows, 1>(a, a_stride, b + p * panel_stride, panel_stride, depth, out + p * kLanes, out_stride);
   }
 }
 
-// out [n, columns] = a [n, depth] * b [depth, columns]; columns is a multiple of kLanes.
-void multiply(i64 n, const float* a, i64 a_stride, const float* b, i64 b_stride, i64 depth, float* out, i64 out_stride,
-              i64 columns) {
+// out [n, n_panels * kLanes] = a [n, depth] * b [depth, n_panels * kLanes], b in panels.
+void multiply(i64 n, const float* a, i64 a_stride, const float* b, i64 panel_stride, i64 depth, float* out,
+              i64 out_stride, i64 n_panels) {
   for (i64 r = 0; r < n; r += kTileRows) {
     const float* a_row = a + r * a_stride;
     float* out_row = out + r * out_stride;
     switch (n - r) {
-      case 1: multiply_rows<1>(a_row, a_stride, b, b_stride, depth, out_row, out_stride, columns); break;
-      case 2: multiply_rows<2>(a_row, a_stride, b, b_stride, depth, out_row, out_stride, columns); break;
-      case 3: multiply_rows<3>(a_row, a_stride, b, b_stride, depth, out_row, out_stride, columns); break;
-      default: multiply_rows<4>(a_row, a_stride, b, b_stride, depth, out_row, out_stride, columns);
+      case 1: multiply_rows<1>(a_row, a_stride, b, panel_stride, depth, out_row, out_stride, n_panels); break;
+      case 2: multiply_rows<2>(a_row, a_stride, b, panel_stride, depth, out_row, out_stride, n_panels); break;
+      case 3: multiply_rows<3>(a_row, a_stride, b, panel_stride, depth, out_row, out_stride, n_panels); break;
+      default: multiply_rows<4>(a_row, a_stride, b, panel_stride, depth, out_row, out_stride, n_panels);
     }
   }
 }
@@ -140,20 +145,22 @@ void soften(float* scores, i64 visible, i64 n_positions, float* largest_score, f
 }
 
 void attend_partition(const PartitionArguments& a) {
-  const i64 stride = padded(a.value_dim);
+  const i64 value_width = padded(a.value_dim);
   float* keys = a.memory;
   float* values = keys + kPartition * a.head_dim;
-  float* scores = values + kPartition * stride;
+  float* scores = values + kPartition * value_width;
   load_keys(a, keys);
   load_values(a, values);
-  multiply(a.n_rows, a.queries, a.head_dim, keys, kPartition, a.head_dim, scores, kPartition, padded(a.n_positions));
+  multiply(a.n_rows, a.queries, a.head_dim, keys, a.head_dim * kLanes, a.head_dim, scores, kPartition,
+           padded(a.n_positions) / kLanes);
   const i64 partial = partial_floats(a.value_dim);
   for (i64 row = 0; row < a.n_rows; ++row) {
     if (a.visible[row] <= 0) continue;
-    float* totals = a.partials + row * partial + stride;
+    float* totals = a.partials + row * partial + value_width;
     soften(scores + row * kPartition, a.visible[row], a.n_positions, totals, totals + 1);
   }
-  multiply(a.n_rows, scores, kPartition, values, stride, a.n_positions, a.partials, partial, stride);
+  multiply(a.n_rows, scores, kPartition, values, kPartition * kLanes, a.n_positions, a.partials, partial,
+           value_width / kLanes);
 }
 
 void fold_partial(float* before, const float* next, i64 value_dim) {
