@@ -130,15 +130,11 @@ def split_planes(
     )
     for i, field in enumerate(fields):
         arguments.field[i][:] = field
-    arguments.n_groups = min(
-        _PLANES_GROUPS, _groups(n_blocks * quant_type.block_bytes // 2, _PLANES_THREADS)
-    )
+    arguments.n_groups = min(_PLANES_GROUPS, _groups(n_blocks * quant_type.block_bytes // 2, _PLANES_THREADS))
     return Launch("planes", "split_planes", (arguments.n_groups, 1, 1), _PLANES_THREADS, arguments)
 
 
-def attention_scratch_bytes(
-    rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int
-) -> int:
+def attention_scratch_bytes(rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
     """Scratch of `attention`: results of the tiles, and partial results of every partition of a context."""
     partial_results = min(rows, sequences) * n_heads * _groups(max_context, _PARTITION) * (2 + value_dim)
     return 4 * (rows * n_heads * value_dim + partial_results)

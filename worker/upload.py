@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from loader.units import format_bytes
 from loader.quant_types import QuantType
+from loader.units import format_bytes
 from worker.configuration import UploadSettings
 from worker.device.base import Event, HostBuffer
 from worker.memory_pool import MemoryPool, View

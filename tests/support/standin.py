@@ -55,7 +55,7 @@ def load() -> ctypes.CDLL:
 
 
 def count(what: str) -> int:
-    """How often something happened in this process: "allocations", "live allocations", "launches", "replays"."""
+    """How often something happened here: "allocations", "live allocations", "launches" or "replays"."""
     return load().standin_count(what.encode())
 
 
@@ -65,6 +65,7 @@ def environment(**settings: str | int) -> dict[str, str]:
     Args:
         settings: STANDIN_HIP_ variables by the rest of their names (``devices=2``); one device if not said.
     """
-    chosen = {f"STANDIN_HIP_{name.upper()}": str(value) for name, value in ({"devices": 1} | settings).items()}
+    settings = {"devices": 1} | settings
+    chosen = {f"STANDIN_HIP_{name.upper()}": str(value) for name, value in settings.items()}
     paths = [str(directory()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return chosen | {"LD_LIBRARY_PATH": ":".join(paths), "REDSHARD_CACHE": str(directory() / "kernels")}

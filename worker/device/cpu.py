@@ -149,9 +149,7 @@ class CpuDevice(Device):
             raise DeviceError(f"launch of unknown kernel {kernel!r}; known are {', '.join(KERNEL_ARGUMENTS)}")
         self._run(kernel, arguments)
 
-    def scratch_bytes(
-        self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int
-    ) -> int:
+    def scratch_bytes(self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
         return redshard_cpu.attention_scratch_bytes(rows, n_heads, value_dim, max_context)
 
     def begin_recording(self) -> None:

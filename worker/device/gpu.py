@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -38,13 +39,56 @@ class Driver(ABC):
 
     Attributes:
         kind: "hip" or "cuda".
-        properties: of the GPU.
+        hints: what to do about an error, by the error's name.
+        properties: of the GPU; name: of the GPU, in messages.
         target: what `worker.kernel_set.Compiler` says.
     """
 
-    kind: str
+    kind: ClassVar[str]
+    hints: ClassVar[Mapping[str, str]]
     properties: DeviceProperties
+    name: str
     target: str
+    _thread = 0
+
+    def call(self, function: Callable[..., Any], *arguments: Any, what: str = "") -> Any:
+        """Call a function of the runtime, from whichever thread.
+
+        Args:
+            function: returns a status, whose value is 0 for success, and results.
+            arguments: of the function.
+            what: the sizes and addresses among them, for the error's message.
+
+        Returns:
+            The result, or a tuple of them if there are not one.
+        """
+        if self._thread != threading.get_ident():  # which GPU is current is a matter of the thread
+            self._thread = threading.get_ident()
+            self.make_current()
+        try:
+            error, *results = function(*arguments)
+        except RuntimeError as reason:  # a library or a function is missing
+            raise DeviceError(f"{function.__name__} on {self.name}: {reason}") from None
+        if error.value:
+            raise DeviceError(self._failure(function.__name__, what, error))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _failure(self, call: str, what: str, error: Any) -> str:
+        self.forget_error()
+        message = f"{call}({what}) on {self.name}: {error.name} ({error.value})"
+        if error.name in ("hipErrorOutOfMemory", "CUDA_ERROR_OUT_OF_MEMORY"):
+            with suppress(DeviceError):
+                free, total = self.memory_info()
+                message += f"; {free} of {total} bytes are free"
+        hint = self.hints.get(error.name)
+        return f"{message}; {hint}" if hint else message
+
+    def forget_error(self) -> None:  # noqa: B027  # only some runtimes need it
+        """Keep later calls from reporting the last error again."""
+
+    @abstractmethod
+    def make_current(self) -> None:
+        """Make this GPU the one that the calling thread's calls are about."""
 
     @abstractmethod
     def memory_info(self) -> tuple[int, int]:
@@ -228,7 +272,7 @@ class GpuDevice(Device):
         address = self.driver.allocate_host(nbytes)
         self._host_buffers.add(address)
         memory = (ctypes.c_uint8 * nbytes).from_address(address)
-        return HostBuffer(address, np.frombuffer(memory, np.uint8))
+        return HostBuffer(address, np.ctypeslib.as_array(memory))
 
     def free_host(self, buffer: HostBuffer) -> None:
         if buffer.address in self._host_buffers:
@@ -299,9 +343,7 @@ class GpuDevice(Device):
         powers = [1 << i for i in range((max_rows - 1).bit_length())]
         return (*powers, max_rows)
 
-    def scratch_bytes(
-        self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int
-    ) -> int:
+    def scratch_bytes(self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
         return attention_scratch_bytes(rows, sequences, n_heads, value_dim, max_context)
 
     def begin_recording(self) -> None:

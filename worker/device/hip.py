@@ -1,4 +1,4 @@
-"""AMD GPUs through the HIP runtime: hip-python over libamdhip64 and libhiprtc, which are looked up when first used.
+"""AMD GPUs through the HIP runtime: hip-python, which looks libamdhip64 and libhiprtc up when first called.
 
 Sources: HIP runtime API reference and hipRTC documentation (https://rocm.docs.amd.com/projects/HIP).
 """
@@ -6,9 +6,6 @@ Sources: HIP runtime API reference and hipRTC documentation (https://rocm.docs.a
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,7 @@ def hip_device_count() -> int:
     try:
         error, count = hip.hipGetDeviceCount()
     except RuntimeError as reason:
-        raise DeviceError(f"no HIP runtime: {_plain(reason)}") from None
+        raise DeviceError(f"no HIP runtime: {reason}") from None
     if error == hip.hipError_t.hipErrorNoDevice:
         return 0
     if error != hip.hipError_t.hipSuccess:
@@ -68,16 +65,16 @@ class HipDevice(GpuDevice):
 
 
 class HipDriver(Driver):
-    """HIP calls for one GPU, checked; works from any thread, one at a time."""
+    """HIP calls for one GPU."""
 
     kind = "hip"
+    hints = _HINTS
 
     def __init__(self, ordinal: int) -> None:
         self._ordinal = ordinal
-        self._name = f"GPU {ordinal}"
-        self._thread = 0
+        self.name = f"GPU {ordinal}"
         self._images: list[bytes] = []
-        properties = self._call(hip.hipGetDeviceProperties, ordinal)
+        properties = self.call(hip.hipGetDeviceProperties, ordinal)
         self._architecture = properties.gcnArchName
         self.properties = DeviceProperties(
             name=properties.name,
@@ -88,73 +85,79 @@ class HipDriver(Driver):
             total_memory=properties.totalGlobalMem,
             features=_features(self._architecture),
         )
-        self._name = f"GPU {ordinal} ({self.properties.name}, {self.properties.arch})"
-        self._stream = self._call(hip.hipStreamCreateWithFlags, hip.hipStreamNonBlocking)
-        compiler = self._call(hiprtc.hiprtcVersion)
-        runtime = self._call(hip.hipRuntimeGetVersion)
+        self.name = f"GPU {ordinal} ({self.properties.name}, {self.properties.arch})"
+        self._stream = self.call(hip.hipStreamCreateWithFlags, hip.hipStreamNonBlocking)
+        compiler = self.call(hiprtc.hiprtcVersion)
+        runtime = self.call(hip.hipRuntimeGetVersion)
         self.target = f"hip {self._architecture} runtime {runtime} hiprtc {compiler}"
 
+    def make_current(self) -> None:
+        self.call(hip.hipSetDevice, self._ordinal)
+
+    def forget_error(self) -> None:
+        hip.hipGetLastError()
+
     def memory_info(self) -> tuple[int, int]:
-        free, total = self._call(hip.hipMemGetInfo)
+        free, total = self.call(hip.hipMemGetInfo)
         return free, total
 
     def allocate(self, nbytes: int) -> int:
-        return int(self._call(hip.hipMalloc, nbytes, what=f"{nbytes} bytes"))
+        return int(self.call(hip.hipMalloc, nbytes, what=f"{nbytes} bytes"))
 
     def free(self, address: int) -> None:
-        self._call(hip.hipFree, address, what=f"{address:#x}")
+        self.call(hip.hipFree, address, what=f"{address:#x}")
 
     def allocate_host(self, nbytes: int) -> int:
-        return int(self._call(hip.hipHostMalloc, nbytes, hip.hipHostMallocDefault, what=f"{nbytes} bytes"))
+        return int(self.call(hip.hipHostMalloc, nbytes, hip.hipHostMallocDefault, what=f"{nbytes} bytes"))
 
     def free_host(self, address: int) -> None:
-        self._call(hip.hipHostFree, address, what=f"{address:#x}")
+        self.call(hip.hipHostFree, address, what=f"{address:#x}")
 
     def copy(self, destination: int, source: int, nbytes: int, direction: Direction) -> None:
         what = f"{nbytes} bytes {direction}, {source:#x} to {destination:#x}"
-        self._call(
+        self.call(
             hip.hipMemcpyAsync, destination, source, nbytes, _DIRECTIONS[direction], self._stream, what=what
         )
 
     def fill(self, destination: int, byte: int, nbytes: int) -> None:
         what = f"{nbytes} bytes at {destination:#x}"
-        self._call(hip.hipMemsetAsync, destination, byte, nbytes, self._stream, what=what)
+        self.call(hip.hipMemsetAsync, destination, byte, nbytes, self._stream, what=what)
 
     def create_event(self) -> Any:
-        return self._call(hip.hipEventCreateWithFlags, hip.hipEventDisableTiming)
+        return self.call(hip.hipEventCreateWithFlags, hip.hipEventDisableTiming)
 
     def record_event(self, event: Any) -> None:
-        self._call(hip.hipEventRecord, event, self._stream)
+        self.call(hip.hipEventRecord, event, self._stream)
 
     def wait_event(self, event: Any) -> None:
-        self._call(hip.hipEventSynchronize, event)
+        self.call(hip.hipEventSynchronize, event)
 
     def destroy_event(self, event: Any) -> None:
-        self._call(hip.hipEventDestroy, event)
+        self.call(hip.hipEventDestroy, event)
 
     def synchronize(self) -> None:
-        self._call(hip.hipStreamSynchronize, self._stream)
+        self.call(hip.hipStreamSynchronize, self._stream)
 
     def begin_capture(self) -> None:
         mode = hip.hipStreamCaptureMode.hipStreamCaptureModeThreadLocal
-        self._call(hip.hipStreamBeginCapture, self._stream, mode)
+        self.call(hip.hipStreamBeginCapture, self._stream, mode)
 
     def end_capture(self) -> Any:
-        graph = self._call(hip.hipStreamEndCapture, self._stream)
+        graph = self.call(hip.hipStreamEndCapture, self._stream)
         try:
-            return self._call(hip.hipGraphInstantiateWithFlags, graph, 0)
+            return self.call(hip.hipGraphInstantiateWithFlags, graph, 0)
         finally:
-            self._call(hip.hipGraphDestroy, graph)
+            self.call(hip.hipGraphDestroy, graph)
 
     def replay(self, graph: Any) -> None:
-        self._call(hip.hipGraphLaunch, graph, self._stream)
+        self.call(hip.hipGraphLaunch, graph, self._stream)
 
     def destroy_graph(self, graph: Any) -> None:
-        self._call(hip.hipGraphExecDestroy, graph)
+        self.call(hip.hipGraphExecDestroy, graph)
 
     def compile(self, source: Path, options: list[str]) -> bytes:
         options = [f"--offload-arch={self._architecture}", "-O3", *options]
-        program = self._call(
+        program = self.call(
             hiprtc.hiprtcCreateProgram, source.read_bytes(), source.name.encode(), 0, None, None
         )
         try:
@@ -162,24 +165,24 @@ class HipDriver(Driver):
             result, *_ = hiprtc.hiprtcCompileProgram(program, len(encoded), encoded)
             if result != hiprtc.hiprtcResult.HIPRTC_SUCCESS:
                 raise DeviceError(
-                    f"{source.name} does not compile for {self._name} with {' '.join(options)}: "
+                    f"{source.name} does not compile for {self.name} with {' '.join(options)}: "
                     f"{result.name}\n{self._compiler_log(program)}"
                 )
-            image = bytearray(self._call(hiprtc.hiprtcGetCodeSize, program))
-            self._call(hiprtc.hiprtcGetCode, program, image)
+            image = bytearray(self.call(hiprtc.hiprtcGetCodeSize, program))
+            self.call(hiprtc.hiprtcGetCode, program, image)
             return bytes(image)
         finally:
-            self._call(hiprtc.hiprtcDestroyProgram, program.createRef())
+            self.call(hiprtc.hiprtcDestroyProgram, program.createRef())
 
     def load(self, image: bytes) -> Any:
         self._images.append(image)  # runtimes may read it as long as the module is used
-        return self._call(hip.hipModuleLoadData, image, what=f"image of {len(image)} bytes")
+        return self.call(hip.hipModuleLoadData, image, what=f"image of {len(image)} bytes")
 
     def function(self, module: Any, name: str) -> Any:
-        return self._call(hip.hipModuleGetFunction, module, name.encode(), what=name)
+        return self.call(hip.hipModuleGetFunction, module, name.encode(), what=name)
 
     def launch(self, function: Any, grid: tuple[int, int, int], threads: int, parameters: Any) -> None:
-        self._call(
+        self.call(
             hip.hipModuleLaunchKernel,
             function,
             *grid,
@@ -194,61 +197,32 @@ class HipDriver(Driver):
         )
 
     def share(self, address: int) -> bytes:
-        handle = self._call(hip.hipIpcGetMemHandle, address, what=f"{address:#x}")
+        handle = self.call(hip.hipIpcGetMemHandle, address, what=f"{address:#x}")
         return ctypes.string_at(int(handle), _IPC_HANDLE_BYTES)  # its attribute ends at the first zero
 
     def open_shared(self, handle: bytes) -> int:
         own = hip.hipIpcMemHandle_st.fromObj(bytearray(handle))
-        return int(self._call(hip.hipIpcOpenMemHandle, own, hip.hipIpcMemLazyEnablePeerAccess))
+        return int(self.call(hip.hipIpcOpenMemHandle, own, hip.hipIpcMemLazyEnablePeerAccess))
 
     def close_shared(self, address: int) -> None:
-        self._call(hip.hipIpcCloseMemHandle, address, what=f"{address:#x}")
+        self.call(hip.hipIpcCloseMemHandle, address, what=f"{address:#x}")
 
     def can_access(self, ordinal: int) -> bool:
-        return bool(self._call(hip.hipDeviceCanAccessPeer, self._ordinal, ordinal, what=f"GPU {ordinal}"))
+        return bool(self.call(hip.hipDeviceCanAccessPeer, self._ordinal, ordinal, what=f"GPU {ordinal}"))
 
     def close(self) -> None:
-        self._call(hip.hipStreamDestroy, self._stream)
+        self.call(hip.hipStreamDestroy, self._stream)
 
     def _compiler_log(self, program: Any) -> str:
-        log = bytearray(self._call(hiprtc.hiprtcGetProgramLogSize, program))
-        self._call(hiprtc.hiprtcGetProgramLog, program, log)
+        log = bytearray(self.call(hiprtc.hiprtcGetProgramLogSize, program))
+        self.call(hiprtc.hiprtcGetProgramLog, program, log)
         return log.rstrip(b"\0").decode(errors="replace")
-
-    def _call(self, function: Callable[..., Any], *arguments: Any, what: str = "") -> Any:
-        """What a call returns besides its status; `what` describes its arguments in the error."""
-        if self._thread != threading.get_ident():  # which GPU is current is a matter of the thread
-            self._thread = threading.get_ident()
-            self._call(hip.hipSetDevice, self._ordinal)
-        try:
-            error, *results = function(*arguments)
-        except RuntimeError as reason:  # a library or a function is missing
-            raise DeviceError(f"{function.__name__} on {self._name}: {_plain(reason)}") from None
-        if error.value:
-            raise self._failure(function.__name__, what, error)
-        return results[0] if len(results) == 1 else tuple(results)
-
-    def _failure(self, call: str, what: str, error: Any) -> DeviceError:
-        message = f"{call}({what}) on {self._name}: {error.name} ({error.value})"
-        if error.name == "hipErrorOutOfMemory":
-            with suppress(DeviceError):
-                free, total = self.memory_info()
-                message += f"; {free} of {total} bytes are free"
-        if hint := _HINTS.get(error.name):
-            message += f"; {hint}"
-        hip.hipGetLastError()  # or a later call would report it again
-        return DeviceError(message)
 
 
 def _features(architecture: str) -> frozenset[str]:
-    """What the kernels use of an architecture besides the plain instructions, see kernels/hip/prelude_amd.h."""
+    """The matrix unit that kernels/hip/prelude_amd.h uses, if any."""
     if architecture.startswith(("gfx11", "gfx12")):
         return frozenset({"wmma"})
     if architecture.startswith(("gfx908", "gfx90a", "gfx94", "gfx95")):
         return frozenset({"mfma"})
     return frozenset()
-
-
-def _plain(error: RuntimeError) -> str:
-    """hip-python shows the bytes of names: b'libamdhip64.so'."""
-    return str(error).replace("'b'", "'").replace("''", "'").replace("b'", "'")
