@@ -11,6 +11,7 @@
 //   barrier()                 of the workgroup; orders SHARED accesses
 //   wave_barrier()            of the wave; orders its lanes' accesses to memory
 //   lane_read(v, lane)        a lane's value of v, for 32-bit v, all lanes active
+//   uniform(v)                v, which is the same in all lanes, kept once a wave where the hardware can
 //   atomic_add(p, v)          adds v to the integer *p, which is SHARED, and returns what was there
 //   dot4(a, b, c)             c + the sum of four products of signed bytes
 //   multiply_add(a, b, c)     a * b + c, rounded once
@@ -43,6 +44,9 @@ DEVICE inline u64 lane_read(u64 v, i32 lane) {
   const u32 low = (u32)lane_read((i32)(u32)v, lane), high = (u32)lane_read((i32)(u32)(v >> 32), lane);
   return (u64)high << 32 | low;
 }
+
+DEVICE inline float uniform(float v) { return __builtin_bit_cast(float, uniform(__builtin_bit_cast(i32, v))); }
+DEVICE inline u64 uniform(u64 v) { return (u64)(u32)uniform((i32)(u32)(v >> 32)) << 32 | (u32)uniform((i32)(u32)v); }
 
 // Sum and maximum over a wave, or over aligned groups of `width` lanes; every lane gets the result.
 template <i32 width = WAVE, typename T>

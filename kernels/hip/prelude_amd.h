@@ -2,7 +2,8 @@
 // Sources: LLVM "User Guide for AMDGPU Backend", BuiltinsAMDGPU.def; AMD RDNA3, RDNA4 and CDNA3 ISA guides (matrix layouts).
 #pragma once
 
-#define DEVICE __attribute__((device)) static
+// Everything is inlined: a call would cost registers and scratch memory.
+#define DEVICE __attribute__((device, always_inline)) static
 #define DEVICE_METHOD __attribute__((device))
 #define DEVICE_MEMBER __attribute__((device)) static
 #define SHARED __attribute__((shared, aligned(16)))
@@ -35,6 +36,8 @@ DEVICE inline void wave_barrier() {
 }
 
 DEVICE inline i32 lane_read(i32 v, i32 lane) { return __builtin_amdgcn_ds_bpermute(lane << 2, v); }
+
+DEVICE inline i32 uniform(i32 v) { return __builtin_amdgcn_readfirstlane(v); }
 
 template <typename T>
 DEVICE inline T atomic_add(T* p, T v) {

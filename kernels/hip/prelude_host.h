@@ -32,6 +32,8 @@ static inline void barrier() { fiber_barrier(); }
 static inline void wave_barrier() { fiber_wave_barrier(); }
 static inline i32 lane_read(i32 v, i32 lane) { return fiber_lane_read(v, lane); }
 
+static inline i32 uniform(i32 v) { return v; }
+
 // Fibers of a workgroup take turns on one thread.
 template <typename T>
 static inline T atomic_add(T* p, T v) {

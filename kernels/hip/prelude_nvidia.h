@@ -21,6 +21,8 @@ DEVICE inline void wave_barrier() { __syncwarp(); }
 
 DEVICE inline i32 lane_read(i32 v, i32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 
+DEVICE inline i32 uniform(i32 v) { return v; }
+
 template <typename T>
 DEVICE inline T atomic_add(T* p, T v) { return atomicAdd(p, v); }
 
