@@ -6,7 +6,9 @@ Grids and workgroups here and in the kernels belong together; the constants belo
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +60,10 @@ PLANES: dict[QuantType, tuple[tuple[int, int], ...]] = {
 }
 
 
+#: A translation unit and the macros it is compiled with.
+_Unit = tuple[str, tuple[tuple[str, int], ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel launch.
@@ -75,6 +81,11 @@ class Launch:
     threads: int
     arguments: ctypes.Structure
     macros: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def unit(self) -> _Unit:
+        """What is compiled together."""
+        return self.source, self.macros
 
 
 class SplitPlanesArguments(ctypes.Structure):
@@ -261,7 +272,7 @@ class Compiler(Protocol):
     target: str
 
     def compile(self, source: Path, options: list[str]) -> bytes:
-        """The image of a translation unit. Raises DeviceError with the compiler's log."""
+        """The image of a translation unit; several threads may call. Raises DeviceError with the log."""
         ...
 
     def load(self, image: bytes) -> Any:
@@ -279,8 +290,21 @@ class KernelSet:
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
         self._root = source_root()
-        self._modules: dict[tuple[str, tuple[tuple[str, int], ...]], Any] = {}
-        self._functions: dict[tuple[str, tuple[tuple[str, int], ...], str], Any] = {}
+        self._modules: dict[_Unit, Any] = {}
+        self._functions: dict[tuple[_Unit, str], Any] = {}
+
+    def prepare(self, wanted: Iterable[Launch]) -> None:
+        """Compile what these launches need, several at a time, and load it.
+
+        Raises:
+            DeviceError: it does not compile or cannot be loaded.
+        """
+        units = [unit for unit in {launch.unit for launch in wanted} if unit not in self._modules]
+        if not units:
+            return
+        with ThreadPoolExecutor(min(len(units), os.cpu_count() or 1)) as pool:
+            for unit, image in zip(units, pool.map(self._image, units), strict=True):
+                self._modules[unit] = self._compiler.load(image)
 
     def function(self, launch: Launch) -> Any:
         """The function of a launch, in the compiler's own type.
@@ -288,20 +312,19 @@ class KernelSet:
         Raises:
             DeviceError: it does not compile or cannot be loaded.
         """
-        key = (launch.source, launch.macros, launch.kernel)
+        key = (launch.unit, launch.kernel)
         if key not in self._functions:
-            module = self._module(launch.source, launch.macros)
-            self._functions[key] = self._compiler.function(module, launch.kernel)
+            self.prepare([launch])
+            self._functions[key] = self._compiler.function(self._modules[launch.unit], launch.kernel)
         return self._functions[key]
 
-    def _module(self, source: str, macros: tuple[tuple[str, int], ...]) -> Any:
-        if (source, macros) not in self._modules:
-            file = f"{source}.hip"
-            options = ["-std=c++17", *(f"-D{name}={value}" for name, value in macros)]
-            key = image_key(self._root, file, options, self._compiler.target)
-            image = read_image(key)
-            if image is None:
-                image = self._compiler.compile(self._root / "hip" / file, [*options, f"-I{self._root}"])
-                write_image(key, image)
-            self._modules[source, macros] = self._compiler.load(image)
-        return self._modules[source, macros]
+    def _image(self, unit: _Unit) -> bytes:
+        source, macros = unit
+        file = f"{source}.hip"
+        options = ["-std=c++17", *(f"-D{name}={value}" for name, value in macros)]
+        key = image_key(self._root, file, options, self._compiler.target)
+        image = read_image(key)
+        if image is None:
+            image = self._compiler.compile(self._root / "hip" / file, [*options, f"-I{self._root}"])
+            write_image(key, image)
+        return image

@@ -67,6 +67,7 @@ class CudaDriver(Driver):
     hints = _HINTS
 
     def __init__(self, ordinal: int) -> None:
+        super().__init__()
         self.name = f"GPU {ordinal}"
         self._context: Any = None
         self._device = self.call(driver.cuDeviceGet, ordinal)

@@ -49,7 +49,9 @@ class Driver(ABC):
     properties: DeviceProperties
     name: str
     target: str
-    _thread = 0
+
+    def __init__(self) -> None:
+        self._threads = threading.local()
 
     def call(self, function: Callable[..., Any], *arguments: Any, what: str = "") -> Any:
         """Call a function of the runtime, from whichever thread.
@@ -62,8 +64,8 @@ class Driver(ABC):
         Returns:
             The result, or a tuple of them if there are not one.
         """
-        if self._thread != threading.get_ident():  # which GPU is current is a matter of the thread
-            self._thread = threading.get_ident()
+        if not hasattr(self._threads, "current"):  # which GPU is current is a matter of the thread
+            self._threads.current = True
             self.make_current()
         try:
             error, *results = function(*arguments)
@@ -242,7 +244,7 @@ class GpuDevice(Device):
         self._shared: set[int] = set()
         self._host_buffers: set[int] = set()
         self._graphs: set[GpuGraph] = set()
-        self._recording: list[Callable[[], None]] | None = None
+        self._recording: list[Callable[[], None] | Launch] | None = None
         self._block_staging = 0
         self._closed = False
 
@@ -304,7 +306,7 @@ class GpuDevice(Device):
         for done in range(0, nbytes, at_once):
             part = min(at_once, nbytes - done)
             self.copy_in(self._block_staging, source, part, offset + done)
-            self._launch(
+            self._run(
                 split_planes(
                     quant_type,
                     self._block_staging,
@@ -335,8 +337,9 @@ class GpuDevice(Device):
             self.driver.synchronize()
 
     def launch(self, kernel: str, arguments: ctypes.Structure, rows: int) -> None:
-        for launch in launches(kernel, arguments, rows, self.properties.wave_size):
-            self._launch(launch)
+        own = type(arguments).from_buffer_copy(arguments)
+        for launch in launches(kernel, own, rows, self.properties.wave_size):
+            self._run(launch)
 
     def row_buckets(self, max_rows: int) -> tuple[int, ...]:
         """Powers of two: kernels for few rows are compiled for one count each, others fix their grid."""
@@ -355,10 +358,11 @@ class GpuDevice(Device):
         if self._recording is None:
             raise DeviceError("end_recording() without begin_recording()")
         calls, self._recording = self._recording, None
+        self._kernels.prepare(call for call in calls if isinstance(call, Launch))
         self.driver.begin_capture()
         try:
             for call in calls:
-                call()
+                self._submit(call)
         except BaseException:
             with suppress(DeviceError):  # the first error says more
                 self.driver.destroy_graph(self.driver.end_capture())
@@ -411,22 +415,19 @@ class GpuDevice(Device):
                 # After a failure nothing can be freed but by the end of the process.
                 logger.warning("closing %s: %s", self.properties.name, error)
 
-    def _launch(self, launch: Launch) -> None:
-        function = self._kernels.function(launch)
-        block = ctypes.create_string_buffer(bytes(launch.arguments), ctypes.sizeof(launch.arguments))
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(block))
-        self._run(partial(self._launch_packed, function, launch, block, parameters))
-
-    def _launch_packed(self, function: Any, launch: Launch, block: Any, parameters: Any) -> None:
-        """`parameters` points to `block`, which has to live as long."""
-        self.driver.launch(function, launch.grid, launch.threads, parameters)
-
-    def _run(self, call: Callable[[], None]) -> None:
-        """Put a call on the stream or, while recording, into the recording."""
+    def _run(self, call: Callable[[], None] | Launch) -> None:
+        """Put a call or a launch on the stream or, while recording, into the recording."""
         if self._recording is None:
-            call()
+            self._submit(call)
         else:
             self._recording.append(call)
+
+    def _submit(self, call: Callable[[], None] | Launch) -> None:
+        if not isinstance(call, Launch):
+            call()
+            return
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))
+        self.driver.launch(self._kernels.function(call), call.grid, call.threads, parameters)
 
 
 def _check_range(call: str, buffer: HostBuffer, nbytes: int, offset: int) -> None:

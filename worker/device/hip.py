@@ -71,6 +71,7 @@ class HipDriver(Driver):
     hints = _HINTS
 
     def __init__(self, ordinal: int) -> None:
+        super().__init__()
         self._ordinal = ordinal
         self.name = f"GPU {ordinal}"
         self._images: list[bytes] = []
