@@ -16,16 +16,13 @@ import numpy as np
 
 from cluster.errors import PipelineError
 from cluster.requests import Increment, Request, TokenLogprob
-from cluster.scheduler import LogitsOutput, Scheduler, TokenOutput
+from cluster.scheduler import MAX_DEATHS, LogitsOutput, Scheduler, TokenOutput
 from cluster.sequence import Sequence
 from cluster.text_stream import TextStream
 from loader.tokenizer import Tokenizer
 from worker.step_batch import StepBatch, StepResult
 
 logger = logging.getLogger(__name__)
-
-#: Workers that may die over one request, without a token in between, before it is given up.
-MAX_DEATHS = 3
 
 
 class StepLost(Exception):
@@ -232,14 +229,11 @@ class Engine:
         self.state = "recovering"
         self.times.restarts += 1
         for sequence in self._scheduler.recompute_all():
-            sequence.n_deaths += 1
-            if sequence.n_deaths >= MAX_DEATHS:
-                self._scheduler.abort(sequence.request_id)
-                self._fail(
-                    sequence.request_id,
-                    f"the workers failed {MAX_DEATHS} times in a row while this request was running "
-                    f"({loss}); it was given up so that others can go on",
-                )
+            self._fail(
+                sequence.request_id,
+                f"the workers failed {MAX_DEATHS} times in a row over this request, the last time over it "
+                f"alone ({loss}); it was given up so that others can go on",
+            )
         self._stages.restore(loss)
         self.state = "serving"
 

@@ -57,7 +57,8 @@ class LLM:
         device: "auto" takes GPUs if the cluster has enough of them, else CPUs.
         max_context: tokens a sequence may have; None for the model's own context, at most 4096.
         max_sequences: sequences that run at once; others wait.
-        max_step_tokens: tokens of one step; None for 512, or more if `max_sequences` needs it.
+        max_step_tokens: tokens of one step; None for 512 over the number of stages, so that the chunks of a
+            prompt keep all stages busy, but at least 128 and twice `max_sequences`.
         cache_tokens: tokens the key/value cache holds, of all sequences together; None for max_context of
             each sequence, or as many as fit.
         handoff_dtype: type of hidden states between workers; "float16" halves the traffic.
@@ -104,7 +105,7 @@ class LLM:
                 self.config.context_length,
             ),
             max_sequences=_in_range("max_sequences", max_sequences, 1, 4096),
-            max_step_tokens=max_step_tokens or max(DEFAULT_STEP_TOKENS, 2 * max_sequences),
+            max_step_tokens=max_step_tokens or max(DEFAULT_STEP_TOKENS // stages, 2 * max_sequences, 128),
             cache_tokens=cache_tokens,
             handoff=handoff_dtype,
             worker=worker or WorkerConfiguration(),

@@ -18,6 +18,8 @@ from cluster.engine import StepLost
 from cluster.wire import decode_result, encode_batch
 from worker.step_batch import StepBatch, StepResult
 
+_CONNECT_S = 60.0
+
 
 class Pipeline:
     """Stages in a row, as a compiled graph.
@@ -36,6 +38,8 @@ class Pipeline:
             for actor in actors:
                 node = actor.step.bind(node)
         self._graph = node.experimental_compile(_max_inflight_executions=max_in_flight + 1)
+        # The first message takes half a second; better now than when somebody waits for a token.
+        self._graph.execute(b"").get(timeout=_CONNECT_S)
 
     def submit(self, batch: StepBatch) -> None:
         """Send a step to the first stage. Raises StepLost when the stages do not take it."""

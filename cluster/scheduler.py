@@ -20,6 +20,10 @@ from cluster.errors import ParameterError
 from cluster.sequence import Sequence
 from worker.step_batch import ADJUSTMENT_DTYPE, SAMPLING_ROW_DTYPE, StepBatch, StepResult
 
+#: Times in a row that workers may die over a sequence's steps before it is given up. The last time it runs
+#: alone, so that it takes no other with it.
+MAX_DEATHS = 3
+
 _ADJUSTMENT_BYTES = np.dtype((np.void, ADJUSTMENT_DTYPE.itemsize))
 
 
@@ -113,6 +117,7 @@ class Scheduler:
             int, tuple[list[Chunk], list[Chunk]]
         ] = {}  # step -> all chunks, those that sample
         self._sequences: dict[str, Sequence] = {}
+        self._suspects: deque[Sequence] = deque()  # one death away from being given up
         self._next_step = 0
         self._free_slots = list(range(limits.max_sequences - 1, -1, -1))
         width = -(-limits.max_length // limits.block_size)
@@ -149,6 +154,8 @@ class Scheduler:
         """The next step, or None when as many as may are in flight or no sequence has a token to run."""
         if len(self.in_flight) >= self.limits.n_micro_batches:
             return None
+        if suspect := self._first_suspect():
+            return self._dispatch(chunks) if (chunks := self._chunk_of_suspect(suspect)) else None
         chunks = self._decode_chunks()
         chunks += self._prefill_chunks(self.limits.max_step_tokens - len(chunks))
         chunks = self._logits_chunk() or chunks
@@ -179,12 +186,13 @@ class Scheduler:
         return outputs
 
     def recompute_all(self) -> list[Sequence]:
-        """Forget the steps in flight and the cache: what ran is to be prefilled from its tokens again.
+        """Workers died: forget the steps in flight and the cache; what ran starts over from its tokens.
 
-        Returns the sequences that had tokens in flight.
+        Returns the sequences that are given up, because workers died over their steps `MAX_DEATHS` times
+        without a token in between.
         """
         stuck = {
-            id(chunk.sequence): chunk.sequence
+            chunk.sequence.request_id: chunk.sequence
             for chunks, _ in self.in_flight.values()
             for chunk in chunks
             if chunk.epoch == chunk.sequence.epoch
@@ -192,7 +200,14 @@ class Scheduler:
         self.in_flight.clear()
         while self.running:
             self._preempt(self.running[-1])
-        return list(stuck.values())
+        for sequence in stuck.values():
+            sequence.n_deaths += 1
+            if sequence.n_deaths == MAX_DEATHS - 1:
+                self._suspects.append(sequence)
+        given_up = [sequence for sequence in stuck.values() if sequence.n_deaths >= MAX_DEATHS]
+        for sequence in given_up:
+            self.abort(sequence.request_id)
+        return given_up
 
     # What a step is made of
 
@@ -230,6 +245,31 @@ class Scheduler:
         room = min(self.limits.max_step_tokens, self.limits.max_step_outputs)
         return [self._chunk(oldest, min(oldest.n_pending, room))]
 
+    def _first_suspect(self) -> Sequence | None:
+        """The sequence to be tried alone; those that ended or got a token meanwhile are cleared."""
+        while self._suspects:
+            sequence = self._suspects[0]
+            if sequence.n_deaths > 0 and self._sequences.get(sequence.request_id) is sequence:
+                return sequence
+            self._suspects.popleft()
+        return None
+
+    def _chunk_of_suspect(self, sequence: Sequence) -> list[Chunk]:
+        """Its next tokens, once no step of another sequence is in flight."""
+        if any(chunk.sequence is not sequence for chunks, _ in self.in_flight.values() for chunk in chunks):
+            return []
+        if sequence.slot < 0:
+            while self.running:
+                self._preempt(self.running[-1])
+            self.waiting.remove(sequence)
+            self.waiting.appendleft(sequence)
+            self._admit()
+        room = self.limits.max_step_tokens
+        if sequence.wants_logits:
+            room = min(room, self.limits.max_step_outputs)
+        n = min(sequence.n_pending, room)
+        return [self._chunk(sequence, n)] if n else []
+
     def _chunk(self, sequence: Sequence, n: int) -> Chunk:
         return Chunk(sequence, sequence.n_dispatched, sequence.n_dispatched + n, sequence.epoch)
 
@@ -257,7 +297,8 @@ class Scheduler:
             self._preempt(self.running[-1])
         if sequence.slot < 0:
             return False
-        self._give_blocks(sequence, missing)
+        if missing:
+            self._give_blocks(sequence, missing)
         return True
 
     def _blocks_of(self, n_tokens: int) -> int:
@@ -336,12 +377,15 @@ class Scheduler:
         """Sampling rows of the sequences that get a token, and their adjustments one after the other."""
         rows = self._rows[[chunk.sequence.slot for chunk in sampled]]
         rows["draw"] = [chunk.sequence.n_output for chunk in sampled]
+        lengths = [len(chunk.sequence.adjustments) for chunk in sampled]
+        if not any(lengths):
+            return rows, np.empty(0, ADJUSTMENT_DTYPE)
         # As plain bytes: numpy concatenates structures field by field, some fifteen times slower.
         parts = [chunk.sequence.adjustments.entries().view(_ADJUSTMENT_BYTES) for chunk in sampled]
-        ends = np.cumsum([len(part) for part in parts])
+        ends = np.cumsum(lengths)
         rows["end_adjustment"] = ends
         rows["first_adjustment"][1:] = ends[:-1]
-        return rows, np.concatenate(parts).view(ADJUSTMENT_DTYPE) if parts else np.empty(0, ADJUSTMENT_DTYPE)
+        return rows, np.concatenate(parts).view(ADJUSTMENT_DTYPE)
 
     def _complete_logits(self, chunk: Chunk, logits: np.ndarray) -> list[TokenOutput | LogitsOutput]:
         sequence = chunk.sequence

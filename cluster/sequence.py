@@ -102,6 +102,9 @@ class Adjustments:
             for token in prompt:
                 self.count(token, generated=False)
 
+    def __len__(self) -> int:
+        return len(self._index)
+
     def count(self, token: int, *, generated: bool) -> None:
         """Note one more appearance of `token`."""
         row = self._row(token)

@@ -52,7 +52,12 @@ class StageActor(GpuWorker):
         return {**super().stats(), "pid": os.getpid()}
 
     def step(self, message: bytes) -> bytes:
-        """One step: `wire.encode_batch` in; the same with hidden states out, or `wire.encode_result`."""
+        """One step: `wire.encode_batch` in; the same with hidden states out, or `wire.encode_result`.
+
+        An empty message goes through as it is.
+        """
+        if not message:
+            return message
         self._step_began = time.monotonic()
         batch, hidden = decode_batch(message)
         out = self.run(batch, hidden)

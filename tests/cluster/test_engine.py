@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from support.fake_worker import N_VOCAB, FakeStage, generate, logits
 
-from cluster.engine import MAX_DEATHS, Engine, StepLost
+from cluster.engine import Engine, StepLost
 from cluster.errors import PipelineError
 from cluster.requests import Increment, Request
 from cluster.sampling_params import SamplingParams
-from cluster.scheduler import Scheduler, SchedulerLimits
+from cluster.scheduler import MAX_DEATHS, Scheduler, SchedulerLimits
 from worker.step_batch import StepBatch, StepResult
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
@@ -214,12 +214,14 @@ def test_lost_steps_cost_no_request_and_no_token(engine: Engine, stages: ToyStag
 
 def test_a_request_that_kills_its_workers_is_given_up_alone(engine: Engine, stages: ToyStages) -> None:
     stages.poison = 63
-    engine.add([request("bad", [63, 1])])
-    (only,) = collect(engine, 1)["bad"]
-    assert f"{MAX_DEATHS} times" in only.error
+    prompts = {name: prompt for name, prompt in PROMPTS.items() if 63 not in generate(prompt, 20, 2)}
+    assert len(prompts) > 3
+    engine.add([request(name, prompt) for name, prompt in prompts.items()] + [request("bad", [63, 1])])
+    increments = collect(engine, len(prompts) + 1)
+    assert f"{MAX_DEATHS} times" in increments.pop("bad")[0].error
     assert stages.restored == MAX_DEATHS
-    engine.add([request("good", [1])])
-    assert collect(engine, 1)["good"][0].token_ids == generate([1], 20, 2)
+    for name, (only,) in increments.items():
+        assert only.token_ids == generate(prompts[name], 20, 2)
 
 
 def test_stages_that_cannot_be_restored_fail_every_request_clearly(engine: Engine, stages: ToyStages) -> None:
