@@ -56,11 +56,11 @@ DEVICE inline T wave_sum(T v) {
   return v;
 }
 
-template <i32 width = WAVE>
-DEVICE inline float wave_max(float v) {
+template <i32 width = WAVE, typename T>
+DEVICE inline T wave_max(T v) {
 #pragma unroll
   for (i32 step = 1; step < width; step *= 2) {
-    const float other = lane_read(v, lane_index() ^ step);
+    const T other = lane_read(v, lane_index() ^ step);
     v = other > v ? other : v;
   }
   return v;

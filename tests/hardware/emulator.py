@@ -1,0 +1,132 @@
+"""An AMD GPU made of software: runs the machine code of kernels, instruction by instruction, on arrays of this process.
+
+The instructions are executed by the AMD emulator of a tinygrad checkout; see README.md. What is here is the part of a
+driver: it lays a code object in memory, fills the registers that a wave starts with, and starts the workgroups.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import mmap
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hardware.code_object import CodeObject
+from hardware.compiler import compile_source, compiler_version, macro_options
+
+from worker.arguments import KERNEL_ARGUMENTS, Step
+from worker.kernel_images import image_key, read_image, source_root, write_image
+from worker.kernel_set import Launch, launches
+
+#: Architectures that tests run, with the emulator's name of each.
+ARCHITECTURES = {"gfx942": "cdna", "gfx1100": "rdna3", "gfx1201": "rdna4"}
+
+_LDS_GRANULE = 512  # bytes, as the emulator counts them
+_LDS_SHIFT, _LDS_MASK = 15, 0x1FF  # in COMPUTE_PGM_RSRC2
+_NO_OPERATION = 0xBF800000  # s_nop 0
+#: Cache maintenance, which the emulator does not know and, its memory being coherent, does not need: words by target.
+_CACHE_INSTRUCTIONS = {
+    "gfx1100": ((0xE0AC0000, 0), (0xE0B00000, 0)),  # buffer_gl1_inv, buffer_gl0_inv
+    "gfx1201": ((0xEE0AC07C, None, 0), (0xEE0B007C, None, 0)),  # global_inv, global_wb
+}
+
+
+def emulator_directory() -> str | None:
+    """The checkout named by AMD_EMULATOR, None where it is not set."""
+    return os.environ.get("AMD_EMULATOR")
+
+
+class LoadedObject:
+    """A code object in executable order in this process's memory."""
+
+    def __init__(self, elf_bytes: bytes, arch: str) -> None:
+        self.code = CodeObject(elf_bytes)
+        self._memory = mmap.mmap(-1, -(-len(self.code.image) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self._memory[: len(self.code.image)] = bytes(self.code.image)
+        self.base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._skip_cache_maintenance(arch)
+
+    def _skip_cache_maintenance(self, arch: str) -> None:
+        words = np.frombuffer(self._memory, np.uint32)
+        for at in range(self.code.text.start // 4, self.code.text.stop // 4):
+            for pattern in _CACHE_INSTRUCTIONS.get(arch, ()):
+                found = words[at : at + len(pattern)]
+                if all(want is None or want == int(word) for want, word in zip(pattern, found, strict=False)):
+                    found[:] = _NO_OPERATION
+
+
+@dataclass
+class EmulatedGpu:
+    """Launches operations as `redshard_cpu.Runtime` does, as GPU launches that `worker.kernel_set` plans.
+
+    Attributes:
+        arch: target, a key of ARCHITECTURES.
+        bucket: rows that launches cover, at least those of the step; None for just these.
+        launched: kernels run so far, with their macros.
+    """
+
+    arch: str
+    bucket: int | None = None
+    launched: list[tuple[str, tuple[tuple[str, int], ...]]] = field(default_factory=list)
+    _objects: dict[tuple[str, tuple[tuple[str, int], ...]], LoadedObject] = field(default_factory=dict)
+
+    @property
+    def wave_size(self) -> int:
+        return 64 if ARCHITECTURES[self.arch] == "cdna" else 32
+
+    def launch(self, operation: str, argument_bytes: bytes) -> None:
+        """Run one operation of `worker.arguments.KERNEL_ARGUMENTS`."""
+        arguments = KERNEL_ARGUMENTS[operation].from_buffer_copy(argument_bytes)
+        rows = self.bucket or _rows(operation, arguments)
+        for launch in launches(operation, arguments, rows, self.wave_size):
+            self.run(launch)
+
+    def run(self, launch: Launch) -> None:
+        """Run every workgroup of a launch, one after the other."""
+        loaded = self._object(launch.source, launch.macros)
+        kernel, descriptor = loaded.code.kernels[launch.kernel], loaded.code.descriptor(launch.kernel)
+        address = loaded.base + loaded.code.descriptor_address(launch.kernel) + descriptor.entry
+        kernarg = ctypes.create_string_buffer(bytes(launch.arguments), max(kernel.kernarg_bytes, 1))
+        registers = [0] * descriptor.user_sgprs
+        at, where = descriptor.kernarg_sgpr, ctypes.addressof(kernarg)
+        registers[at : at + 2] = where & 0xFFFFFFFF, where >> 32
+        granules = -(-kernel.lds_bytes // _LDS_GRANULE)
+        resources = descriptor.resources & ~(_LDS_MASK << _LDS_SHIFT) | granules << _LDS_SHIFT
+        end = loaded.base + loaded.code.text.stop
+        _emulator().run_asm(
+            address, end - address, *launch.grid, launch.threads, 1, 1, where, resources,
+            kernel.scratch_bytes, ARCHITECTURES[self.arch], registers,
+        )  # fmt: skip
+        self.launched.append((launch.kernel, launch.macros))
+
+    def _object(self, source: str, macros: tuple[tuple[str, int], ...]) -> LoadedObject:
+        if (source, macros) not in self._objects:
+            key = image_key(source_root(), f"{source}.hip", macro_options(macros), self.arch + compiler_version())
+            image = read_image(key)
+            if image is None:
+                image = compile_source(f"{source}.hip", self.arch, macros)
+                write_image(key, image)
+            self._objects[source, macros] = LoadedObject(image, self.arch)
+        return self._objects[source, macros]
+
+
+def _rows(operation: str, arguments: Any) -> int:
+    step = Step.from_address(arguments.step)
+    over_outputs = (
+        operation == "sample"
+        or (operation == "matmul" and arguments.over_outputs)
+        or (operation == "rms_norm" and arguments.rows)
+    )
+    return int(step.n_outputs if over_outputs else step.n_tokens)
+
+
+def _emulator() -> Any:
+    root = emulator_directory()
+    assert root, "AMD_EMULATOR is not set"
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    return importlib.import_module("test.mockgpu.amd.emu")
