@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from demo_model.corpus import TASKS, held_out_examples
 from demo_model.model import DemoModel
+from demo_model.muon import Muon
 from demo_model.size import SHIPPED, TINY, Size
 from demo_model.tokens import TURN_END, encode_chat, load_tokenizer, pack, prompt_ids
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cluster.demo_questions import is_right
@@ -57,40 +58,6 @@ def _make_batches(seed: int, worker: int, shrink: int, queue: Any) -> None:
         queue.put(pack(Random(f"{seed} {worker} {n}"), rows // shrink, length))
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, then each matrix's update is made orthogonal by five Newton-Schulz steps."""
-
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                gradient = torch.stack([p.grad for p in parameters])
-                state = self.state[parameters[0]]
-                average = state.setdefault("average", torch.zeros_like(gradient))
-                average.lerp_(gradient, 1 - group["momentum"])
-                update = orthogonal(gradient.lerp(average, group["momentum"]))
-                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                torch._foreach_add_(parameters, list(update.to(gradient.dtype)), alpha=-scale)
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices to `matrices` (n, rows, columns), roughly; bfloat16 on a GPU."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
-
-
 def loss_of(model: DemoModel, ids: Tensor, learned: Tensor) -> Tensor:
     """Mean cross-entropy over the positions whose next token is to be learned."""
     logits = model.hidden(ids[:, :-1]) @ model.token_embd.weight.T
@@ -117,22 +84,18 @@ def held_out_batch(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, learned
 
 
-def accuracy(model: DemoModel, questions: int) -> dict[str, float]:
-    """Share of right greedy replies by task, to `questions` held-out questions each."""
+def accuracy(model: DemoModel, questions: int) -> None:
+    """Prints the share of right greedy replies to held-out questions by task, and some wrong ones."""
     tokenizer = load_tokenizer()
-    shares = {}
     for task in TASKS:
         examples = held_out_examples(task, questions)
         prompts = [prompt_ids(example.question.prompt) for example in examples]
         replies = model.reply(prompts, tokenizer.token_to_id(TURN_END), MAX_REPLY)
-        texts = [tokenizer.decode(reply) for reply in replies]
-        right = [is_right(example.question, text) for example, text in zip(examples, texts, strict=True)]
-        shares[task.__name__] = sum(right) / questions
-        wrong = [(e, text) for e, text, ok in zip(examples, texts, right, strict=True) if not ok]
-        print(f"{task.__name__:20} {100 * shares[task.__name__]:6.1f} %", flush=True)
+        answered = [(example, tokenizer.decode(ids)) for example, ids in zip(examples, replies, strict=True)]
+        wrong = [(example, text) for example, text in answered if not is_right(example.question, text)]
+        print(f"{task.__name__:20} {100 - 100 * len(wrong) / questions:6.1f} %", flush=True)
         for example, text in wrong[:3]:
             print(f"    {example.question.prompt!r} -> {text!r}, expected {example.plain_reply!r}")
-    return shares
 
 
 def save(model: DemoModel, out: Path) -> None:
@@ -143,65 +106,85 @@ def save(model: DemoModel, out: Path) -> None:
         np.savez(out / f"weights{part}.npz", **{name: arrays[name] for name in half})
 
 
-def train(size: Size, minutes: float, seed: int, out: Path) -> DemoModel:
-    """Trains for `minutes` from the first step (compilation not counted) and logs losses to `losses.csv`."""
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = device == "cuda"
-    shrink = 1 if on_gpu else 16
-    queues = start_workers(seed, shrink)
-    model = DemoModel(size).to(device)
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embd" not in name]
-    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embd" in name]
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights on {device}", flush=True)
-    muon = Muon(matrices, MUON_RATE)
-    adam = torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu)
-    optimizers = (muon, adam)
-    peaks = (MUON_RATE, ADAM_RATE)
+class Training:
+    """A model, its optimizers and its stream of batches.
 
-    if on_gpu:
-        for block in model.blk:  # one layer at a time: the ten share what is compiled
-            block.compile(dynamic=False)
-    test = to_device(held_out_batch(512 // shrink, 256), device)
+    Args:
+        size: hyperparameters of the model.
+        seed: of weights and batches.
+    """
 
-    def loss_on(batch: tuple[Tensor, Tensor]) -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
-            return loss_of(model, *batch)
+    def __init__(self, size: Size, seed: int) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        on_gpu = self.device == "cuda"
+        shrink = 1 if on_gpu else 16
+        self._queues = start_workers(seed, shrink)
+        self._taken = 0
+        torch.manual_seed(seed)
+        self.model = DemoModel(size).to(self.device)
+        matrices = [p for name, p in self.model.named_parameters() if p.dim() == 2 and "embd" not in name]
+        others = [p for name, p in self.model.named_parameters() if p.dim() == 1 or "embd" in name]
+        self._optimizers = {
+            Muon(matrices, MUON_RATE): MUON_RATE,
+            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu): ADAM_RATE,
+        }
+        self._held_out = to_device(held_out_batch(512 // shrink, 256), self.device)
+        if on_gpu:
+            for block in self.model.blk:  # one layer at a time: the ten share what is compiled
+                block.compile(dynamic=False)
+        for _ in range(4):  # the first four of a worker have both shapes: compiled before the clock starts
+            self._loss(to_device(self._queues[0].get(), self.device)).backward()
+        self.model.zero_grad(set_to_none=True)
 
-    for _ in range(4):  # both shapes are compiled before the clock starts; the updates are thrown away
-        loss_on(to_device(queues[0].get(), device)).backward()
-        model.zero_grad(set_to_none=True)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    print(f"{graphs} graphs compiled", flush=True)
+    def step(self, rate: float) -> tuple[Tensor, int]:
+        """One update at `rate` times the peak learning rates; gives the loss and the tokens seen."""
+        batch = self._next_batch()
+        loss = self._loss(batch)
+        loss.backward()
+        for optimizer, peak in self._optimizers.items():
+            optimizer.param_groups[0]["lr"] = peak * rate
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return loss, batch[0][:, 1:].numel()
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The loss on held-out questions, as many of each task."""
+        return self._loss(self._held_out).item()
+
+    def _next_batch(self) -> tuple[Tensor, Tensor]:
+        queue = self._queues[self._taken % len(self._queues)]
+        self._taken += 1
+        return to_device(queue.get(), self.device)
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            return loss_of(self.model, *batch)
+
+
+def train(training: Training, minutes: float, out: Path) -> None:
+    """Trains for `minutes`, logs about a hundred losses to `losses.csv` and saves the weights as it goes."""
     start = logged = saved = time.monotonic()
     step = tokens = 0
     with (out / "losses.csv").open("w", newline="") as file:
         log = csv.writer(file)
         log.writerow(("seconds", "step", "tokens", "training_loss", "held_out_loss"))
         while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-            factor = min(1.0, done / WARM_UP, (1 - done) / (1 - WARM_UP))
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
-                optimizer.param_groups[0]["lr"] = peak * factor
-            batch = to_device(queues[step % len(queues)].get(), device)
-            loss = loss_on(batch)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad(set_to_none=True)
-            step += 1
-            tokens += batch[0].numel()
+            loss, seen = training.step(min(done / WARM_UP, (1 - done) / (1 - WARM_UP)))
+            step, tokens = step + 1, tokens + seen
             if step % 20 == 0 and time.monotonic() - logged > 60 * minutes / 100:
                 logged = time.monotonic()
-                with torch.no_grad():
-                    row = (logged - start, step, tokens, loss.item(), loss_on(test).item())
-                log.writerow((round(row[0], 1), step, tokens, round(row[3], 5), round(row[4], 5)))
+                seconds, held_out = logged - start, training.held_out_loss()
+                log.writerow((f"{seconds:.1f}", step, tokens, f"{loss.item():.5f}", f"{held_out:.5f}"))
                 file.flush()
-                print(f"{row[0]:6.1f} s  step {step}  loss {row[3]:.4f}  held out {row[4]:.4f}", flush=True)
+                print(
+                    f"{seconds:6.1f} s  step {step}  loss {loss.item():.4f}  held out {held_out:.4f}",
+                    flush=True,
+                )
             if time.monotonic() - saved > 90:
                 saved = time.monotonic()
-                save(model, out)
-    save(model, out)
-    return model
+                save(training.model, out)
+    save(training.model, out)
 
 
 def main() -> None:
@@ -216,10 +199,12 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    model = train(TINY if arguments.tiny else SHIPPED, arguments.minutes, arguments.seed, arguments.out)
-    print(f"trained after {time.monotonic() - began:.0f} s in all", flush=True)
-    accuracy(model, arguments.questions)
-    print(f"finished after {time.monotonic() - began:.0f} s in all", flush=True)
+    training = Training(TINY if arguments.tiny else SHIPPED, arguments.seed)
+    weights = sum(parameter.numel() for parameter in training.model.parameters())
+    print(f"{weights:,} weights on {training.device}, ready in {time.monotonic() - began:.0f} s", flush=True)
+    train(training, arguments.minutes, arguments.out)
+    accuracy(training.model, arguments.questions)
+    print(f"finished after {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
