@@ -88,7 +88,9 @@ class Attention {
     const bool split = max_partitions_ > 1 && n_tasks < kTasksPerThread * pool_.size() && a_.scratch &&
                        scratch_floats * i64{sizeof(float)} <= a_.scratch_bytes;
     if (split) {
-      pool_.parallel_for(n_tasks * max_partitions_, 1, [&](i64 begin, i64 end, int thread) {
+      // Neighbouring partitions go to the same thread, which has asked for the next one's keys.
+      const i64 n = n_tasks * max_partitions_, grain = std::max(i64{1}, n / (pool_.size() * kTasksPerThread));
+      pool_.parallel_for(n, grain, [&](i64 begin, i64 end, int thread) {
         for (i64 task = begin; task < end; ++task) {
           compute_partition(task / max_partitions_, task % max_partitions_, thread);
         }
@@ -120,23 +122,31 @@ class Attention {
     }
   }
 
-  // The partials of a tile's rows, in memory.partials; memory.visible says which rows have one.
-  void attend(const Tile& tile, i64 kv_head, i64 partition, const TaskMemory& memory) const {
-    const i64 first = partition * kPartition, n = std::min(kPartition, tile.context - first);
-    const f16_bits *keys[kPartition], *values[kPartition];
+  // Addresses of a partition's rows in one of the caches; returns how many positions there are, 0 behind the context.
+  i64 find_rows(const Tile& tile, i64 kv_head, i64 partition, const f16_bits* cache, i64 dim,
+                const f16_bits** rows) const {
+    const i64 first = partition * kPartition, n = std::max(i64{0}, std::min(kPartition, tile.context - first));
     for (i64 i = 0; i < n; ++i) {
       const i64 position = first + i;
       const i64 block = a_.block_tables[tile.sequence * a_.table_width + position / a_.block_size];
-      const i64 row = (block * a_.n_kv_heads + kv_head) * a_.block_size + position % a_.block_size;
-      keys[i] = a_.k_cache + row * a_.head_dim;
-      values[i] = a_.v_cache + row * a_.value_dim;
+      rows[i] = cache + ((block * a_.n_kv_heads + kv_head) * a_.block_size + position % a_.block_size) * dim;
     }
+    return n;
+  }
+
+  // The partials of a tile's rows, in memory.partials; memory.visible says which rows have one.
+  void attend(const Tile& tile, i64 kv_head, i64 partition, const TaskMemory& memory) const {
+    const f16_bits *keys[kPartition], *values[kPartition], *next_keys[kPartition];
+    const i64 n = find_rows(tile, kv_head, partition, a_.k_cache, a_.head_dim, keys);
+    find_rows(tile, kv_head, partition, a_.v_cache, a_.value_dim, values);
+    const i64 n_next = find_rows(tile, kv_head, partition + 1, a_.k_cache, a_.head_dim, next_keys);
     const i64 n_rows = tile.n_tokens * group_;
     for (i64 row = 0; row < n_rows; ++row) {
-      memory.visible[row] = static_cast<i32>(std::min(n, a_.positions[token_of(tile, row)] + 1 - first));
+      const i64 context = i64{a_.positions[token_of(tile, row)]} + 1;
+      memory.visible[row] = static_cast<i32>(std::min(n, context - partition * kPartition));
     }
     ops_.attend_partition({keys, values, memory.queries, memory.visible, memory.partials, memory.partition, n, n_rows,
-                           a_.head_dim, a_.value_dim});
+                           a_.head_dim, a_.value_dim, next_keys, n_next});
   }
 
   // All partitions of a tile, folded as they come.

@@ -22,6 +22,8 @@ struct PartitionArguments {
   float* partials;                 // [n_rows, partial_floats(value_dim)]
   float* memory;                   // partition_memory_floats(...)
   i64 n_positions, n_rows, head_dim, value_dim;
+  const f16_bits* const* next_keys;  // [n_next] of the partition that will be asked for next, to fetch them early
+  i64 n_next;
 };
 
 // A partial softmax: the weighted sum of values [padded(value_dim)], then the largest score and the sum of weights,

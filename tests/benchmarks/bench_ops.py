@@ -1,7 +1,7 @@
 """Microseconds of the CPU device's operations beside the matrix products, for the shape of Qwen2.5-0.5B.
 
 Each case is a graph of the same operation on the memory of 24 layers, so the cache is read from main memory.
-Figures are the median and the least over rounds that go through all cases: a noisy machine spoils single rounds.
+Figures are the median and the least over rounds that go through all cases: noise spoils single rounds.
 
     python tests/benchmarks/bench_ops.py --threads 2
 """
