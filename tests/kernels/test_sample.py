@@ -71,7 +71,7 @@ FILTERS = {
 def test_draws_are_the_reference_draws(
     runtime: redshard_cpu.Runtime, rng: np.random.Generator, name: str, n_vocab: int, spread: float
 ) -> None:
-    n = 20
+    n = 8
     logits = random_logits(rng, n, n_vocab, spread)
     rows = draws(FILTERS[name], n)
     out = native_ops.sample(runtime, logits, rows)
