@@ -45,7 +45,7 @@ class PromptEncoder:
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt)
-        if isinstance(prompt, Sequence) and all(isinstance(item, Mapping) for item in prompt):
+        if isinstance(prompt, Sequence) and prompt and all(isinstance(item, Mapping) for item in prompt):
             return self._chat_tokens(prompt)
         try:
             tokens = [int(token) for token in prompt]

@@ -38,6 +38,8 @@ GPU_BUNDLE = {"GPU": 1.0}
 
 _PLACEMENT_S = 60.0
 _START_S = 120.0
+_REPORT_S = 60.0
+#: A stage that does not answer for this long after a loss is lost too.
 _ANSWER_S = 5.0
 #: Times that stages are started again before the pipeline is given up.
 _MAX_ATTEMPTS = 3
@@ -80,6 +82,7 @@ class WorkerGroup:
         self._actor_class: Any = ray.remote(actor_class)
         self._order: LoadOrder | None = None
         self._pipeline: Pipeline | None = None
+        self._progress: list[tuple[int, int]] = []
         self._placement = _place([self._bundle] * n_stages)
         nodes = placement_group_table(self._placement)["bundles_to_node_id"]
         stages_on = Counter(nodes.values())
@@ -113,7 +116,10 @@ class WorkerGroup:
 
     def progress(self) -> list[tuple[int, int]]:
         """(bytes uploaded, bytes in total) of each stage; may be called while `load` runs."""
-        return ray.get([actor.progress.remote() for actor in self._actors], timeout=_ANSWER_S)
+        answers = [actor.progress.remote() for actor in self._actors]
+        with contextlib.suppress(ray.exceptions.RayError):  # whoever loads will hear what is wrong
+            self._progress = ray.get(answers, timeout=_ANSWER_S)
+        return self._progress
 
     def stats(self) -> list[dict[str, Any]]:
         """As `StageActor.stats`, of each stage."""
@@ -232,7 +238,7 @@ class WorkerGroup:
     def _ask(self, method: str) -> list[dict[str, Any]]:
         answers = [getattr(actor, method).remote() for actor in self._actors]
         try:
-            return ray.get(answers, timeout=_ANSWER_S)
+            return ray.get(answers, timeout=_REPORT_S)
         except ray.exceptions.RayError as error:
             raise PipelineError(f"a worker does not answer: {_cause(error)}") from error
 
