@@ -93,16 +93,8 @@ def measure(loaded: Loaded, n_prompt: int, n_tokens: int, n_sequences: int, roun
     """Run every measurement `rounds` times, in turn, after one round that does not count."""
     llm = loaded.llm
     rng = np.random.default_rng(0)
-
-    def once() -> Throughput:
-        return Throughput(
-            _prompt_rate(llm, rng, n_prompt),
-            _decode_rate(llm, rng, 1, n_tokens),
-            _decode_rate(llm, rng, n_sequences, n_tokens),
-        )
-
-    once()
-    results = [once() for _ in range(rounds)]
+    measure_once(llm, rng, n_prompt, n_tokens, n_sequences)
+    results = [measure_once(llm, rng, n_prompt, n_tokens, n_sequences) for _ in range(rounds)]
     overheads = _overheads(llm, lambda: _decode_rate(llm, rng, 1, n_tokens))
     workers = llm.stats()["workers"]
     on_cpu = all(worker["kind"] == "cpu" for worker in workers)
@@ -118,6 +110,17 @@ def measure(loaded: Loaded, n_prompt: int, n_tokens: int, n_sequences: int, roun
         bandwidth=host_read_bandwidth(len(os.sched_getaffinity(0))) if on_cpu else None,
         overheads_us=overheads,
         worker_bytes=loaded.worker_bytes(),
+    )
+
+
+def measure_once(
+    llm: LLM, rng: np.random.Generator, n_prompt: int, n_tokens: int, n_sequences: int
+) -> Throughput:
+    """One prompt, one sequence and one batch, one after the other."""
+    return Throughput(
+        prompt=_prompt_rate(llm, rng, n_prompt),
+        decode=_decode_rate(llm, rng, 1, n_tokens),
+        batch=_decode_rate(llm, rng, n_sequences, n_tokens),
     )
 
 
