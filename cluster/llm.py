@@ -185,7 +185,7 @@ class LLM:
         Raises:
             PromptError: there are no tokens, too many, or some outside the vocabulary.
         """
-        tokens = self._prompts.encode([int(token) for token in token_ids])
+        tokens = self._prompts.encode(list(token_ids))
         request = Request(self._session.new_id(), tokens, SamplingParams(), wants_logits=True)
         logits = next(self._increments([request])).logits
         assert logits is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from cluster.errors import ParameterError, PromptError
@@ -48,8 +50,8 @@ class PromptEncoder:
         if isinstance(prompt, Sequence) and prompt and all(isinstance(item, Mapping) for item in prompt):
             return self._chat_tokens(prompt)
         try:
-            tokens = [int(token) for token in prompt]
-        except (TypeError, ValueError):
+            tokens = [operator.index(token) for token in prompt]  # type: ignore[arg-type]
+        except TypeError:
             raise PromptError(f"a prompt is text, token ids or chat messages, not {prompt!r:.80}") from None
         for token in tokens:
             if not 0 <= token < self._tokenizer.n_vocab:
@@ -72,10 +74,10 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, (int, Mapping)) for item in items):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[arg-type]
+    items: list[Any] = list(prompts)
+    if items and all(isinstance(item, (Integral, Mapping)) for item in items):
+        return [items]
+    return items
 
 
 def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, n: int) -> list[SamplingParams]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.coordinator import PipelineSettings, plan_with_cache, scheduler_limits, stage_parts, step_limits
@@ -68,6 +69,7 @@ def test_prompts_of_every_kind() -> None:
     encoder = PromptEncoder(Letters(), TEMPLATE, 20)
     assert encoder.encode("ab") == [97, 98]
     assert encoder.encode([1, 2]) == [1, 2]
+    assert encoder.encode(np.array([1, 2], np.int32)) == [1, 2]
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     assert encoder.encode(chat) == [*map(ord, "u:hi;a:yo;"), 0]
 
@@ -82,6 +84,7 @@ def test_prompts_of_every_kind() -> None:
         ([-1], "token -1"),
         (["a", "b"], "not"),
         (5, "not 5"),
+        ([1.5], "not"),
         ([{"content": "x"}], "role"),
     ],
 )
@@ -100,6 +103,7 @@ def test_one_prompt_or_many() -> None:
     message = {"role": "user", "content": "hi"}
     assert as_list("ab") == ["ab"]
     assert as_list([1, 2]) == [[1, 2]]
+    assert as_list(np.array([1, 2])) == [[1, 2]]
     assert as_list([message]) == [[message]]
     assert as_list(["a", "b"]) == ["a", "b"]
     assert as_list([[1], "b", [message]]) == [[1], "b", [message]]
