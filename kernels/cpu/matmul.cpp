@@ -17,9 +17,10 @@ namespace {
 constexpr i64 kPanelBytes = 128 * 1024;
 constexpr i64 kMinPanelRows = 16, kMaxPanelRows = 128;
 constexpr i64 kPageBytes = 4096;
-constexpr i64 kChunksPerThread = 16;   // enough that a slow thread does not keep the others waiting
+constexpr i64 kChunksPerThread = 6;    // enough that a slow thread does not keep the others waiting for long
+constexpr i64 kMaxChunk = 64;          // strips; a chunk starts without the benefit of having read ahead
+constexpr i64 kMinVectorRows = 16;     // smaller matrices do not fill the widest register
 constexpr int kMaxMatrices = 3;
-constexpr i64 kMinVectorRows = 16;     // a matrix must fill the widest register; smaller ones are not worth code of their own
 
 const StripKernels& strip_kernels(Isa isa) {
   switch (isa) {
@@ -115,7 +116,9 @@ class Products {
   std::vector<Scratch> scratch_;
 };
 
-i64 grain(const ThreadPool& pool, i64 n_units) { return std::max(i64{1}, n_units / (pool.size() * kChunksPerThread)); }
+i64 grain(const ThreadPool& pool, i64 n_units) {
+  return std::clamp(n_units / (pool.size() * kChunksPerThread), i64{1}, kMaxChunk);
+}
 
 void check_operands(const Activation& x, const Matrix* matrices, int n_matrices, i64 width) {
   require(width > 0, "width must be positive");

@@ -15,10 +15,8 @@ struct Avx2 {
   using Shorts = i16 __attribute__((vector_size(32)));
   using Floats = __m256;
 
-  // Rows of activations in one pass: as many as sixteen registers hold with their sums.
-  template <class F>
-  static constexpr int max_rows = F::max_code <= 15 ? 3 : 2;
-  static constexpr int max_float_rows = 6;
+  // Rows of activations in one pass, such that sixteen registers hold their sums.
+  static constexpr int max_rows = 3, max_float_rows = 6;
 
   static Floats load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }

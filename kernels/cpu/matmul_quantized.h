@@ -134,7 +134,7 @@ void tile_product(const Tile<V>* tiles, i64 n_blocks, bool first, Rows x, const 
 
 template <class V, class F>
 void quantized_product(const Strip& s) {
-  constexpr int kMaxRows = V::template max_rows<F>;
+  constexpr int kMaxRows = V::max_rows;
   const StripVectors<V> vectors(s);
   const i64 n_blocks = s.width / 32;
   Tile<V> tiles[2];

@@ -15,10 +15,8 @@ struct Avx512 {
   using Shorts = i16 __attribute__((vector_size(64)));
   using Floats = __m512;
 
-  // Rows of activations in one pass: as many as thirty-two registers hold with their sums.
-  template <class F>
-  static constexpr int max_rows = 6;
-  static constexpr int max_float_rows = 8;
+  // Rows of activations in one pass, such that thirty-two registers hold their sums.
+  static constexpr int max_rows = 6, max_float_rows = 12;
 
   static Floats load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
