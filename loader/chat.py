@@ -93,7 +93,8 @@ class ChatTemplate:
         """The prompt for a conversation.
 
         messages: each with `role`, and `content` that is text or a list of text parts; None only beside
-        `tool_calls`. add_generation_prompt: end where the model's answer begins.
+            `tool_calls`.
+        add_generation_prompt: end where the model's answer begins.
         variables: what else the template may read, such as `tools`.
 
         Raises:

@@ -100,9 +100,8 @@ class PreTokenizer:
     patterns: regular expressions, applied in order, each isolating its matches.
     ignore_merges: a word that is a token is that token, without looking at the merges.
     add_bos: whether encoding begins with the begin-of-sequence token when the file does not say.
-    byte_level: words are spelled in the 256 byte characters of GPT-2; else in UTF-8 with U+2581 for the space
-    and
-        `<0xXX>` tokens for what the vocabulary lacks.
+    byte_level: words are spelled in the 256 byte characters of GPT-2; else in UTF-8 with U+2581 for the
+        space and `<0xXX>` tokens for what the vocabulary lacks.
     drop_spaces: white space only separates words and yields no tokens.
     """
 

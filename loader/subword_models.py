@@ -203,9 +203,7 @@ class SentencePieceBpeModel:
 
 
 class UnigramModel:
-    """SentencePiece Unigram: the segmentation whose scores add up highest, after the file's own
-    normalization.
-    """
+    """SentencePiece Unigram: of all segmentations of the normalized text, the one with the highest score."""
 
     _UNKNOWN_PENALTY = 10.0
 

@@ -102,12 +102,10 @@ class Tokenizer:
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of `text`.
 
-        add_special: put the model's begin and end tokens around it, where it has them; a begin token that the
-        text
-            itself starts with is not doubled.
-        parse_special: take control tokens spelled in the text (`<|im_end|>`) as such. Never set it for text
-        that
-            comes from a stranger. Tokens that the vocabulary calls user-defined are always found.
+        add_special: put the model's begin and end tokens around it, where it has them; a begin token that
+            the text itself starts with is not doubled.
+        parse_special: take control tokens spelled in the text (`<|im_end|>`) as such; with text of strangers
+            they can then forge them. Tokens that the vocabulary calls user-defined are always found.
 
         A lone surrogate counts as U+FFFD.
         """
@@ -222,22 +220,23 @@ def _stripping(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> tuple[set
 
     The format has no place for this; like llama.cpp (src/llama-vocab.cpp) it is known by the model's name.
     """
-    ids = vocabulary.ids()
     pre = str(metadata.get("tokenizer.ggml.pre", ""))
     architecture = str(metadata.get("general.architecture", ""))
     name = str(metadata.get("general.name", "")).lower()
+
+    def called(*texts: str) -> set[int]:
+        return {id_ for id_, token in enumerate(vocabulary.tokens) if token in texts}
+
     if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code") or architecture in (
         "nomic-bert-moe",
         "jina-bert-v3",
     ):
-        return {ids["<mask>"]} if "<mask>" in ids else set(), set()
+        return called("<mask>"), set()
     if "phi-3" in name or "phi3" in name:
         special = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
-        return set(), {
-            id_ for id_ in special if vocabulary.tokens[id_] not in ("<unk>", "<s>", "<|endoftext|>")
-        }
+        return set(), set(special) - called("<unk>", "<s>", "<|endoftext|>")
     if "modern-bert" in name:
-        return {ids["[MASK]"]} if "[MASK]" in ids else set(), set()
+        return called("[MASK]"), set()
     return set(), set()
 
 
@@ -273,9 +272,7 @@ def _build_bpe(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> _Kind:
         raise TokenizerError(
             f"tokenizer model {vocabulary.model!r} needs tokenizer.ggml.merges, which the file lacks"
         )
-    # A part may itself begin with a space, so the one that divides the two is the first after a character.
-    parts = ((line, line.find(" ", 1)) for line in lines)
-    merges = [(line[:middle], line[middle + 1 :]) for line, middle in parts if middle > 0]
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     lowercase = pre.drop_spaces and _flag(metadata, "normalizer.lowercase", False)
     spelling = _spelled_in_bytes if pre.byte_level else _spelled_in_pieces
     return _Kind(BpeModel(vocabulary, merges, pre, lowercase), spelling, add_bos=pre.add_bos)

@@ -39,8 +39,7 @@ END_OF_GENERATION_TEXTS = frozenset(
         "[e~[",
     ]
 )
-"""Tokens that end a completion whatever role the file gives them (the list of llama.cpp,
-src/llama-vocab.cpp)."""
+"""Tokens that end a completion whatever role the file gives them (list: llama.cpp, src/llama-vocab.cpp)."""
 
 _INFILL_END_TEXTS = frozenset(
     [
@@ -162,7 +161,7 @@ def read_strings(metadata: Mapping[str, Any], key: str) -> list[str]:
         TokenizerError: the value is something else.
     """
     values = _array(metadata, key)
-    if any(type(value) is not str for value in values):
+    if not set(map(type, values)) <= {str}:
         raise TokenizerError(f"{key} must be an array of strings")
     return values
 
@@ -171,7 +170,7 @@ def _numbers(metadata: Mapping[str, Any], key: str, length: int) -> list[Any]:
     values = _array(metadata, key)
     if values and len(values) < length:
         raise TokenizerError(f"{key} has {len(values)} entries for {length} tokens")
-    if any(not isinstance(value, int | float) for value in values):
+    if not set(map(type, values)) <= {int, float}:
         raise TokenizerError(f"{key} must be an array of numbers")
     return values[:length]
 

@@ -16,8 +16,8 @@ RULES = {"ﬁ": "fi", "Ａ": "A", "e\u0301": "é", "e\u0301\u0302": "ê", "\t": 
 
 
 def compiled(rules: dict[str, str]) -> bytes:
-    """A precompiled character map: a double-array trie. The child by label c of a node is unit `base ^ c`, where
-    the node's own unit gives `base`, unlike any other node's; label 0 holds the value.
+    """A precompiled character map: a double-array trie. The child by label c of a node is unit `base ^ c`,
+    where the node's own unit gives `base`, unlike any other node's; label 0 holds the value.
     """
     replacements = bytearray()
     trie: dict[int, dict] = {}
