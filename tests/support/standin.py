@@ -14,6 +14,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 SOURCES = Path(__file__).parents[1] / "standin"
 KERNELS = Path(__file__).parents[2] / "kernels"
 LIBRARIES = {"libamdhip64.so": ("runtime.cpp", "workgroup.cpp"), "libhiprtc.so": ("compiler.cpp",)}
@@ -57,6 +59,16 @@ def load() -> ctypes.CDLL:
 def count(what: str) -> int:
     """How often something happened here: "allocations", "live allocations", "launches" or "replays"."""
     return load().standin_count(what.encode())
+
+
+def activate(monkeypatch: pytest.MonkeyPatch, **settings: str | int) -> None:
+    """Give this process stand-in GPUs (see `environment`) and forget what happened to earlier ones."""
+    for name in list(os.environ):
+        if name.startswith("STANDIN_HIP_") or name.endswith("_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name)
+    for name, value in environment(**settings).items():
+        monkeypatch.setenv(name, value)
+    load().standin_reset()
 
 
 def environment(**settings: str | int) -> dict[str, str]:
