@@ -30,9 +30,12 @@ def connect() -> bool:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS", "of this machine (see `ray status`)")
-        raise PipelineError(f"cannot use the Ray cluster {address}: {error}") from error
+    except (
+        Exception
+    ) as error:  # Ray raises plain ones too, for instance when a busy machine starts it too slowly
+        ray.shutdown()
+        address = os.environ.get("RAY_ADDRESS") or "of this machine"
+        raise PipelineError(f"the Ray cluster {address} cannot be joined or started: {error}") from error
     return True
 
 

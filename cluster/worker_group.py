@@ -244,14 +244,20 @@ class WorkerGroup:
 
 
 def _place(bundles: list[dict[str, float]]) -> PlacementGroup:
+    n_stages = len(bundles)
+    for name, amount in bundles[0].items():
+        there = ray.cluster_resources().get(name, 0)
+        if there < amount * n_stages:
+            raise PipelineError(
+                f"{n_stages} stages need {amount * n_stages:g} {name}s, but the cluster has {there:g}; "
+                "use fewer stages, or device 'cpu'"
+            )
     group = placement_group(bundles, strategy="PACK")
     if not group.wait(_PLACEMENT_S):
         with contextlib.suppress(ray.exceptions.RayError):
             remove_placement_group(group)
-        wanted = f"{len(bundles)} x {'GPU' if 'GPU' in bundles[0] else 'CPU'}"
-        free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
         raise PipelineError(
-            f"the cluster has no room for {wanted} (free: {free or 'nothing'}); "
+            f"after {_PLACEMENT_S:g} s the cluster still has no room for {n_stages} stages; "
             "use fewer stages or end what else is running there"
         )
     return group

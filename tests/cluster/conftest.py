@@ -10,10 +10,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
-    """A local Ray that the tests' models join."""
+    """A local Ray that the tests' models join. Its GPUs exist in Ray's books alone."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2, num_gpus=2)
     yield
     ray.shutdown()

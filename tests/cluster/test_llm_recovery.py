@@ -15,6 +15,7 @@ from support.fake_stage_actor import FakeStageActor
 from support.fake_worker import generate
 from support.gguf_models import tiny_config, write_model
 
+from cluster.errors import PipelineError
 from cluster.llm import LLM
 from cluster.sampling_params import SamplingParams
 from worker.configuration import Deadlines, WorkerConfiguration
@@ -100,6 +101,18 @@ def test_ending_a_stream_early_aborts_the_request(llm: LLM) -> None:
     stream.close()
     assert llm.generate([3], GREEDY)[0].token_ids == generate([3], 100, 2)
     assert llm.stats()["times"]["generated"] - generated < 200
+
+
+def test_every_stage_on_gpus_has_one_of_its_own(ray_instance: None, model: Path) -> None:
+    with LLM(model, stages=2, device="hip", max_context=256, stage_class=FakeStageActor) as llm:
+        workers = llm.stats()["workers"]
+        os.kill(workers[0]["pid"], signal.SIGKILL)
+        assert llm.generate([1, 2], GREEDY)[0].token_ids == generate([1, 2], 100, 2)
+        replaced = llm.stats()["workers"]
+    assert sorted(gpu for worker in workers for gpu in worker["gpus"]) == [0, 1]
+    assert [worker["gpus"] for worker in replaced] == [worker["gpus"] for worker in workers]
+    with pytest.raises(PipelineError, match=r"3 stages need 3 GPUs, but the cluster has 2"):
+        LLM(model, stages=3, device="hip", stage_class=FakeStageActor)
 
 
 def test_nothing_is_left_after_closing(ray_instance: None, model: Path) -> None:

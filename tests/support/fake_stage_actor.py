@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
+import ray
 from support.fake_worker import FakeStage
 
 from cluster.stage_actor import DeviceReport, StageActor
@@ -48,6 +50,6 @@ class FakeStageActor(StageActor):
         """One step of the toy model."""
         return self._fake.run(batch, hidden)
 
-    def stats(self) -> dict[str, int]:
-        """Next to nothing."""
-        return {"stage": self._stage_number, "pid": os.getpid()}
+    def stats(self) -> dict[str, Any]:
+        """The process, and the GPUs that Ray gave it."""
+        return {"stage": self._stage_number, "pid": os.getpid(), "gpus": ray.get_gpu_ids()}
