@@ -19,6 +19,8 @@ constexpr float LOWEST = -3.0e38f;
 
 struct alignas(16) EightHalves { f16_bits half[8]; };
 
+DEVICE inline i32 least(i32 a, i32 b) { return a < b ? a : b; }
+
 DEVICE inline i32 queries_of(const AttentionArguments& a, i32 sequence) {
   return a.query_starts[sequence + 1] - a.query_starts[sequence];
 }
@@ -239,18 +241,16 @@ KERNEL(attention_tile, ATTENTION_THREADS)(const AttentionArguments a) {
   for (i32 start = 0; start < end; start += POSITIONS) {
     barrier();
     constexpr i32 KEY_EIGHTS = KEY_TILES * 2, VALUE_EIGHTS = VALUE_TILES * 2;
-    const EightHalves zero = {};
+    // Past the end the last row and its last eight elements are repeated: they meet weights and queries of zero.
     for (i32 i = thread_index(); i < POSITIONS * KEY_EIGHTS; i += ATTENTION_THREADS) {
       const i32 row = i / KEY_EIGHTS, k = i % KEY_EIGHTS * 8;
-      const bool inside = start + row < end && k < HEAD_DIM;
-      *(EightHalves*)(staged_keys + row * KEY_STRIDE + k) =
-          inside ? *(const EightHalves*)(a.k_cache + cache_row(a, table, start + row, kv_head) * HEAD_DIM + k) : zero;
+      const i64 source = cache_row(a, table, least(start + row, end - 1), kv_head) * HEAD_DIM + least(k, HEAD_DIM - 8);
+      *(EightHalves*)(staged_keys + row * KEY_STRIDE + k) = *(const EightHalves*)(a.k_cache + source);
     }
     for (i32 i = thread_index(); i < POSITIONS * VALUE_EIGHTS; i += ATTENTION_THREADS) {
       const i32 row = i % POSITIONS, k = i / POSITIONS * 8;
-      const bool inside = start + row < end && k < VALUE_DIM;
-      const EightHalves eight =
-          inside ? *(const EightHalves*)(a.v_cache + cache_row(a, table, start + row, kv_head) * VALUE_DIM + k) : zero;
+      const i64 source = cache_row(a, table, least(start + row, end - 1), kv_head) * VALUE_DIM + least(k, VALUE_DIM - 8);
+      const EightHalves eight = *(const EightHalves*)(a.v_cache + source);
 #pragma unroll
       for (i32 j = 0; j < 8; j++) staged_values[(k + j) * VALUE_STRIDE + row] = eight.half[j];
     }

@@ -12,6 +12,7 @@ import mmap
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ ARCHITECTURES = {"gfx942": "cdna", "gfx1100": "rdna3", "gfx1201": "rdna4"}
 
 _LDS_GRANULE = 512  # bytes, as the emulator counts them
 _LDS_SHIFT, _LDS_MASK = 15, 0x1FF  # in COMPUTE_PGM_RSRC2
+_MAP_NORESERVE = 0x4000  # Linux; mmap names it from Python 3.12 on
 _NO_OPERATION = 0xBF800000  # s_nop 0
 #: Cache maintenance, which the emulator does not know and, its memory being coherent, does not need: words by target.
 _CACHE_INSTRUCTIONS = {
@@ -124,9 +126,30 @@ def _rows(operation: str, arguments: Any) -> int:
     return int(step.n_outputs if over_outputs else step.n_tokens)
 
 
+@cache
 def _emulator() -> Any:
     root = emulator_directory()
     assert root, "AMD_EMULATOR is not set"
     if root not in sys.path:
         sys.path.insert(0, root)
-    return importlib.import_module("test.mockgpu.amd.emu")
+    emulator = importlib.import_module("test.mockgpu.amd.emu")
+    _widen_lds(emulator)
+    return emulator
+
+
+def _widen_lds(emulator: Any) -> None:
+    """Give the local data share room for every 32-bit address.
+
+    Lanes that are switched off read it too, in this emulator, wherever their register happens to point.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    room = ctypes.c_char.from_buffer(mmap.mmap(-1, (1 << 32) + mmap.PAGESIZE, flags))
+    make_buffer = emulator.Buffer
+
+    def make(device: str, size: int, dtype: Any, **given: Any) -> Any:
+        in_run = sys._getframe(1).f_code.co_name == "run_asm"
+        is_lds = in_run and dtype == emulator.dtypes.uint32 and not given
+        options = {"options": emulator.BufferSpec(external_ptr=ctypes.addressof(room))} if is_lds else given
+        return make_buffer(device, size, dtype, **options)
+
+    emulator.Buffer = make

@@ -323,7 +323,7 @@ def test_swiglu(
 #: head_dim, value_dim, query heads a cache head, cache heads, positions of each sequence, block size.
 ATTENTION_CASES = {
     "one-query": (64, 64, 1, 2, [range(0, 1), range(300, 301)], 16),
-    "group-3": (80, 80, 3, 1, [range(20, 21)], 32),
+    "group-3": (80, 80, 3, 2, [range(20, 21)], 32),
     "group-8": (128, 128, 8, 1, [range(17, 18), range(255, 256)], 16),
     "group-12": (64, 64, 12, 1, [range(40, 41)], 16),
     "values-narrower": (128, 64, 2, 2, [range(33, 34), range(9)], 16),
