@@ -167,7 +167,8 @@ class Attention {
       }
     }
     for (i64 row = 0; row < n_rows; ++row) {
-      ops_.finish_partial(memory.totals + row * partial_, a_.value_dim, output(token_of(tile, row), head_of(kv_head, row)));
+      float* out = output(token_of(tile, row), head_of(kv_head, row));
+      ops_.finish_partial(memory.totals + row * partial_, a_.value_dim, out);
     }
   }
 

@@ -9,8 +9,8 @@ enum class Isa { portable, avx2, avx512, avx512_vnni };
 
 const char* isa_name(Isa isa);
 
-// The instruction sets that the CPU offers, the operating system has switched on, and that gave right results when tried
-// (some virtual machines advertise what they fault on). Slowest first; `portable` is always there.
+// The instruction sets that the CPU offers, that the operating system has switched on, and that gave right results when
+// tried (some virtual machines advertise what they fault on). Slowest first; `portable` is always there.
 const std::vector<Isa>& usable_isas();
 
 // "auto" for the fastest, or a name. Throws std::invalid_argument for one that is unknown or does not work here.

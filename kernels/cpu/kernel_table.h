@@ -41,14 +41,14 @@ struct FillArguments {
   i32 reserved;
 };
 
-// One per operation, each defined in the file of its name.
+// One per operation: `swiglu` in matmul.cpp, `copy` and `fill` in memory.cpp, the others in the file of their name.
 extern const Kernel embed_kernel, rms_norm_kernel, matmul_kernel, swiglu_kernel, rope_store_kernel, attention_kernel,
     sample_kernel, copy_kernel, fill_kernel;
 
-// Throws std::invalid_argument for an unknown name, for a block of another size, and whatever the kernel's check throws.
+// Throws std::invalid_argument for an unknown name, a block of another size, and whatever the kernel's check refuses.
 const Kernel& checked_kernel(const std::string& name, const void* arguments, std::size_t argument_bytes);
 
-// For checks: throws std::invalid_argument(problem) unless the condition holds; the name of the kernel is put before it.
+// For checks: throws std::invalid_argument(problem) unless the condition holds; the kernel's name is put before it.
 inline void require(bool condition, const char* problem) {
   if (!condition) throw std::invalid_argument(problem);
 }

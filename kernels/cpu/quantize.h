@@ -1,4 +1,4 @@
-// The one way activations become 8-bit blocks of 32 (`Activation` in common/arguments.h), for every kernel that makes them.
+// The one way activations become 8-bit blocks of 32 (`Activation` in common/arguments.h), whichever kernel makes them.
 //
 //   scale = amax / 127; quants = round_half_to_even(x * (127 / amax)); sums = scale * float(sum of quants)
 //

@@ -20,7 +20,8 @@ constexpr float kMinTemperature = 1e-6f;  // below, the others' weights have lon
 constexpr float kInfinity = INFINITY;
 
 void check(const SampleArguments& a) {
-  require(a.step && a.logits && a.rows && a.tokens && a.logprobs, "step, logits, rows, tokens and logprobs must be set");
+  require(a.step && a.logits && a.rows && a.tokens && a.logprobs,
+          "step, logits, rows, tokens and logprobs must be set");
   require(a.n_vocab > 0, "n_vocab must be positive");
   require(a.n_top >= 0 && a.n_top <= kMaxTop, "n_top must be 0 to 20");
   require(a.n_top == 0 || (a.top_tokens && a.top_logprobs), "no room for the most probable tokens");
@@ -309,7 +310,8 @@ void run(ThreadPool& pool, Isa isa, const SampleArguments& a) {
   pool.parallel_for(n_rows * n_segments, 1, [&](i64 begin, i64 end, int) {
     for (i64 task = begin; task < end; ++task) {
       const i64 start = task % n_segments * kSegment, n = std::min(kSegment, a.n_vocab - start);
-      segments[task] = examine(ops, a.logits + task / n_segments * a.n_vocab + start, n, static_cast<i32>(start), a.n_top);
+      const float* logits = a.logits + task / n_segments * a.n_vocab + start;
+      segments[task] = examine(ops, logits, n, static_cast<i32>(start), a.n_top);
     }
   });
   pool.parallel_for(n_rows, 1, [&](i64 begin, i64 end, int thread) {

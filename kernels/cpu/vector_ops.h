@@ -13,12 +13,12 @@ constexpr i64 kPartition = 128;
 // Value vectors are padded to whole registers.
 constexpr i64 padded(i64 dim) { return (dim + 15) / 16 * 16; }
 
-// Some rows of queries against one partition of keys and values; every row of the cache has its own address.
+// Some rows of queries against one partition of keys and values, whose rows have an address each.
 struct PartitionArguments {
   const f16_bits* const* keys;     // [n_positions] addresses of [head_dim]
   const f16_bits* const* values;   // [n_positions] addresses of [value_dim]
   const float* queries;            // [n_rows, head_dim], already scaled
-  const i32* visible;              // [n_rows]: how many of the positions a row sees; the partial of one with none has no meaning
+  const i32* visible;              // [n_rows]: how many of the positions a row sees; without any its partial is void
   float* partials;                 // [n_rows, partial_floats(value_dim)]
   float* memory;                   // partition_memory_floats(...)
   i64 n_positions, n_rows, head_dim, value_dim;
