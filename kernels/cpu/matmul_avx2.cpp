@@ -58,45 +58,22 @@ struct Avx2 {
 
   static constexpr bool has_signed_product = true;
 
-  // dot[r][c]: 4 * kWords columns of row r of activations times eight rows of weights.
-  template <class F, int R, int kWords>
-  static void dots(const Words* w0, const Words* w1, const i8* x, i64 width, Ints (&dot)[R][2]) {
-    // How many products of two codes and two activations fit into 16 bits.
-    constexpr int kFit = F::is_signed ? 1 : std::min(kWords, 32767 / (2 * 127 * F::max_code));
-    for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = Ints{};
-#pragma GCC unroll 8
-    for (int begin = 0; begin < kWords; begin += kFit) {
-      Shorts pairs[R][2] = {};
-#pragma GCC unroll 8
-      for (int i = begin; i < begin + kFit; ++i) {
-        for (int r = 0; r < R; ++r) {
-          i32 quants;
-          std::memcpy(&quants, x + r * width + 4 * i, 4);
-          pairs[r][0] += multiply_bytes<F>((__m256i)w0[i], _mm256_set1_epi32(quants));
-          pairs[r][1] += multiply_bytes<F>((__m256i)w1[i], _mm256_set1_epi32(quants));
-          if (kFit > 1) keep_order(pairs[r]);
-        }
-      }
-      const __m256i ones = _mm256_set1_epi16(1);
-      for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < 2; ++c) dot[r][c] += (Ints)_mm256_madd_epi16((__m256i)pairs[r][c], ones);
-        keep_order(dot[r]);
-      }
-    }
-  }
-
-  // GCC would move all products before all sums, and then run out of registers.
-  template <class T>
-  static void keep_order(T (&sums)[2]) {
-    asm("" : "+x"(sums[0]), "+x"(sums[1]));
-  }
-
-  // Sums of two neighbouring products. The instruction wants one factor unsigned.
+  // How many products of two codes and two activations fit into 16 bits.
   template <class F>
-  static Shorts multiply_bytes(__m256i codes, __m256i quants) {
-    if (!F::is_signed) return (Shorts)_mm256_maddubs_epi16(codes, quants);
-    return (Shorts)_mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(quants, codes));
+  static constexpr int words_in_partial = F::is_signed ? 1 : 32767 / (2 * 127 * F::max_code);
+  using Partial = Shorts;
+
+  static __m256i broadcast_word(i32 word) { return _mm256_set1_epi32(word); }
+
+  // Adds products of neighbouring bytes, two by two. The instruction wants one factor unsigned.
+  template <class F>
+  static Shorts add_products(Shorts sum, Words codes, __m256i quants) {
+    const __m256i w = (__m256i)codes;
+    if (!F::is_signed) return sum + (Shorts)_mm256_maddubs_epi16(w, quants);
+    return sum + (Shorts)_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(quants, w));
   }
+
+  static Ints finish(Shorts sum) { return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
 };
 
 StripKernel kernel_for(i32 type) {

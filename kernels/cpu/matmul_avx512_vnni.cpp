@@ -9,19 +9,17 @@ struct Avx512Vnni : Avx512 {
   // Its weights are unsigned: signed ones are made larger by 128.
   static constexpr bool has_signed_product = false;
 
-  template <class F, int R, int kWords>
-  static void dots(const Words* w0, const Words* w1, const i8* x, i64 width, Ints (&dot)[R][2]) {
-    for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = Ints{};
-    const Words sign = Words{} + (F::is_signed ? 0x80808080u : 0u);
-#pragma GCC unroll 8
-    for (int i = 0; i < kWords; ++i) {
-      const __m512i w[2] = {(__m512i)(w0[i] ^ sign), (__m512i)(w1[i] ^ sign)};
-      for (int r = 0; r < R; ++r) {
-        const __m512i quants = broadcast_word(x + r * width + 4 * i);
-        for (int c = 0; c < 2; ++c) dot[r][c] = (Ints)_mm512_dpbusd_epi32((__m512i)dot[r][c], w[c], quants);
-      }
-    }
+  template <class F>
+  static constexpr int words_in_partial = 8;
+  using Partial = Ints;
+
+  template <class F>
+  static Ints add_products(Ints sum, Words codes, __m512i quants) {
+    const Words weights = F::is_signed ? codes ^ 0x80808080 : codes;
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, quants);
   }
+
+  static Ints finish(Ints sum) { return sum; }
 };
 
 }  // namespace

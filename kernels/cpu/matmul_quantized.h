@@ -48,14 +48,51 @@ struct Rows {
   i64 groups, width, n_blocks;
 };
 
+// GCC would move all products before all sums, and then run out of registers.
+template <class T>
+inline void keep_order(T (&sums)[2]) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(sums[0]), "+v"(sums[1]));
+#else
+  asm("" : "+x"(sums[0]), "+x"(sums[1]));
+#endif
+}
+
+// dot[r][c]: 4 * kWords columns of row r of activations times vector c of weight rows.
+template <class V, class F, int R, int kWords>
+inline void multiply(const typename V::Words* w0, const typename V::Words* w1, const i8* x, i64 width,
+                     typename V::Ints (&dot)[R][2]) {
+  constexpr int kFit = std::min(kWords, V::template words_in_partial<F>);
+  for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = typename V::Ints{};
+#pragma GCC unroll 8
+  for (int begin = 0; begin < kWords; begin += kFit) {
+    typename V::Partial sum[R][2] = {};
+#pragma GCC unroll 8
+    for (int i = begin; i < begin + kFit; ++i) {
+      for (int r = 0; r < R; ++r) {
+        i32 word;
+        std::memcpy(&word, x + r * width + 4 * i, sizeof word);
+        const auto quants = V::broadcast_word(word);
+        sum[r][0] = V::template add_products<F>(sum[r][0], w0[i], quants);
+        sum[r][1] = V::template add_products<F>(sum[r][1], w1[i], quants);
+        if (kFit > 1) keep_order(sum[r]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < 2; ++c) dot[r][c] += V::finish(sum[r][c]);
+      keep_order(dot[r]);
+    }
+  }
+}
+
 // R rows of activations times two tiles, for the block b of the tiles and block x.block of the activations.
 template <class V, class F, int R>
 void add_block(const Tile<V>* tiles, i64 b, const Rows& x, typename V::Floats (&sum)[R][2]) {
   constexpr int kGroups = F::Block::groups, kWords = 8 / kGroups;
   for (int g = 0; g < kGroups; ++g) {
     typename V::Ints dot[R][2];
-    V::template dots<F, R, kWords>(tiles[0].codes[b] + kWords * g, tiles[1].codes[b] + kWords * g,
-                                   x.quants + 4 * kWords * g, x.width, dot);
+    multiply<V, F, R, kWords>(tiles[0].codes[b] + kWords * g, tiles[1].codes[b] + kWords * g, x.quants + 4 * kWords * g,
+                              x.width, dot);
     for (int r = 0; r < R; ++r) {
       const auto scale = V::broadcast(x.scales[r * x.n_blocks]);
       for (int c = 0; c < 2; ++c) {

@@ -54,42 +54,23 @@ struct Avx512 {
 
   static constexpr bool has_signed_product = true;
 
-  // dot[r][c]: 4 * kWords columns of row r of activations times sixteen rows of weights.
-  template <class F, int R, int kWords>
-  static void dots(const Words* w0, const Words* w1, const i8* x, i64 width, Ints (&dot)[R][2]) {
-    // How many products of two codes and two activations fit into 16 bits.
-    constexpr int kFit = F::is_signed ? 1 : std::min(kWords, 32767 / (2 * 127 * F::max_code));
-    for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = Ints{};
-#pragma GCC unroll 8
-    for (int begin = 0; begin < kWords; begin += kFit) {
-      Shorts pairs[R][2] = {};
-#pragma GCC unroll 8
-      for (int i = begin; i < begin + kFit; ++i) {
-        for (int r = 0; r < R; ++r) {
-          const __m512i quants = broadcast_word(x + r * width + 4 * i);
-          pairs[r][0] += multiply_bytes<F>((__m512i)w0[i], quants);
-          pairs[r][1] += multiply_bytes<F>((__m512i)w1[i], quants);
-        }
-      }
-      const __m512i ones = _mm512_set1_epi16(1);
-      for (int r = 0; r < R; ++r)
-        for (int c = 0; c < 2; ++c) dot[r][c] += (Ints)_mm512_madd_epi16((__m512i)pairs[r][c], ones);
-    }
-  }
-
-  static __m512i broadcast_word(const i8* p) {
-    i32 word;
-    std::memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-  }
-
-  // Sums of two neighbouring products. The instruction wants one factor unsigned.
+  // How many products of two codes and two activations fit into 16 bits.
   template <class F>
-  static Shorts multiply_bytes(__m512i codes, __m512i quants) {
-    if (!F::is_signed) return (Shorts)_mm512_maddubs_epi16(codes, quants);
-    const __m512i turned = _mm512_mask_sub_epi8(quants, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), quants);
-    return (Shorts)_mm512_maddubs_epi16(_mm512_abs_epi8(codes), turned);
+  static constexpr int words_in_partial = F::is_signed ? 1 : 32767 / (2 * 127 * F::max_code);
+  using Partial = Shorts;
+
+  static __m512i broadcast_word(i32 word) { return _mm512_set1_epi32(word); }
+
+  // Adds products of neighbouring bytes, two by two. The instruction wants one factor unsigned.
+  template <class F>
+  static Shorts add_products(Shorts sum, Words codes, __m512i quants) {
+    const __m512i w = (__m512i)codes;
+    if (!F::is_signed) return sum + (Shorts)_mm512_maddubs_epi16(w, quants);
+    const __m512i turned = _mm512_mask_sub_epi8(quants, _mm512_movepi8_mask(w), _mm512_setzero_si512(), quants);
+    return sum + (Shorts)_mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
   }
+
+  static Ints finish(Shorts sum) { return (Ints)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi16(1)); }
 };
 
 template <class V>

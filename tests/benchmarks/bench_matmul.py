@@ -1,7 +1,8 @@
-"""How fast the CPU device multiplies: weight bytes and multiply-accumulates a second, for shapes of Qwen2.5-0.5B.
+"""How fast the CPU device multiplies: weight bytes and multiply-accumulates a second, shapes of Qwen2.5-0.5B.
 
-Weights are read from memory, not from a cache: each shape has as many copies as fill 256 MiB, multiplied in turn. Figures
-are medians of rounds that go through all cases, so that a noisy machine spoils single rounds and not single cases.
+Weights are read from memory, not from a cache: each shape has as many copies as fill 256 MiB, multiplied in turn.
+Figures are medians of rounds that go through all cases, so that a noisy machine spoils single rounds and not single
+cases.
 
     python tests/benchmarks/bench_matmul.py --types Q4_0,Q8_0 --rows 1,512 --threads 2
 """
@@ -27,8 +28,7 @@ from worker.arguments import Activation, MatmulArguments, Matrix, Step
 
 SHAPES = [(896, 896), (128, 896), (4864, 896), (896, 4864), (151936, 896)]
 COLD_BYTES = 256 << 20
-#: Multiply-accumulates of 4-bit and of 8-bit codes that the vector units of one core can do in a cycle, for two
-#: vector multiplications a cycle.
+#: Multiply-accumulates of 4-bit and of 8-bit codes that one core can do in a cycle, at two vector multiplications.
 PEAK_PER_CYCLE = {"portable": (8, 8), "avx2": (64, 32), "avx512": (128, 64), "avx512_vnni": (128, 128)}
 
 
@@ -70,7 +70,11 @@ def random_weights(rng: np.random.Generator, quant_type: QuantType, nbytes: int)
 
 
 def make_case(
-    runtime: redshard_cpu.Runtime, quant_type: QuantType, shape: tuple[int, int], rows: int, memory: np.ndarray
+    runtime: redshard_cpu.Runtime,
+    quant_type: QuantType,
+    shape: tuple[int, int],
+    rows: int,
+    memory: np.ndarray,
 ) -> Case:
     n_rows, width = shape
     nbytes = quant_type.nbytes(shape)
@@ -131,7 +135,8 @@ def main() -> None:
     cases = []
     for name in options.types:
         quant_type = QuantType[name]
-        memory = random_weights(rng, quant_type, COLD_BYTES // quant_type.block_bytes * quant_type.block_bytes)
+        whole_blocks = COLD_BYTES // quant_type.block_bytes * quant_type.block_bytes
+        memory = random_weights(rng, quant_type, whole_blocks)
         for shape in (tuple(map(int, text.split("x"))) for text in options.shapes):
             n_rows, width = shape
             if width % quant_type.block_elements:

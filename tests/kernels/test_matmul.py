@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -162,13 +161,6 @@ def width_of(quant_type: QuantType, width: int) -> int:
 @pytest.fixture(scope="module")
 def runtimes() -> dict[tuple[str, int], redshard_cpu.Runtime]:
     return {(isa, n): redshard_cpu.Runtime(n, isa) for isa in ISAS for n in (1, 2, 3)}
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")  # shown when the test fails
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda t: t.name)
