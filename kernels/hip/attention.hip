@@ -185,6 +185,10 @@ constexpr i32 KEY_TILES = (HEAD_DIM + 15) / 16, VALUE_TILES = (VALUE_DIM + 15) /
 constexpr i32 KEY_STRIDE = KEY_TILES * 16 + 8;             // float16 elements between staged rows: aligned, spreads banks
 constexpr i32 VALUE_STRIDE = POSITIONS + 8;
 constexpr i32 SCORE_STRIDE = POSITIONS + 1;
+// Queries stay in registers where the matrix unit takes its operands from there and the results leave enough of them.
+constexpr i32 TILE_REGISTERS = KEY_TILES * (i32)sizeof(TileOperand) / 4 + VALUE_TILES * 256 / WAVE;
+constexpr bool KEEP_QUERIES = OPERANDS_IN_REGISTERS && TILE_REGISTERS <= 192;
+constexpr i32 KEYS_UNROLLED = KEEP_QUERIES ? KEY_TILES : 1;
 
 // The run of up to QUERIES queries that is number `tile` among the sequences with many queries.
 struct QueryTile { i32 sequence, first, count; };
@@ -201,12 +205,12 @@ DEVICE inline QueryTile query_tile(const AttentionArguments& a, i32 tile) {
 
 // Grid: runs of queries x query heads. Each wave keeps 16 queries and their results; the workgroup stages keys and values.
 KERNEL(attention_tile, ATTENTION_THREADS)(const AttentionArguments a) {
-  // Queries go through the room of keys and values into registers, or keep a room of their own.
+  // Queries that go into registers pass through the room of keys and values; others keep a room of their own.
   constexpr i32 KEYS = POSITIONS * KEY_STRIDE, VALUES = VALUE_TILES * 16 * VALUE_STRIDE, OWN = QUERIES * KEY_STRIDE;
-  SHARED f16_bits staged[OPERANDS_IN_REGISTERS ? (KEYS + VALUES > OWN ? KEYS + VALUES : OWN) : KEYS + VALUES + OWN];
+  SHARED f16_bits staged[KEEP_QUERIES ? (KEYS + VALUES > OWN ? KEYS + VALUES : OWN) : KEYS + VALUES + OWN];
   f16_bits* staged_keys = staged;
   f16_bits* staged_values = staged + KEYS;   // transposed: a row for each element of a value
-  f16_bits* staged_queries = OPERANDS_IN_REGISTERS ? staged : staged + KEYS + VALUES;
+  f16_bits* staged_queries = KEEP_QUERIES ? staged : staged + KEYS + VALUES;
   SHARED float score[ATTENTION_WAVES][16 * SCORE_STRIDE];
   SHARED f16_bits weight[ATTENTION_WAVES][16 * VALUE_STRIDE];
   SHARED float rescale[ATTENTION_WAVES][16];
@@ -223,9 +227,10 @@ KERNEL(attention_tile, ATTENTION_THREADS)(const AttentionArguments a) {
     staged_queries[row * KEY_STRIDE + k] = float_to_half(inside ? a.q[((i64)(tile.first + row) * a.n_heads + head) * HEAD_DIM + k] * a.scale : 0.0f);
   }
   barrier();
+  const f16_bits* own_queries = staged_queries + wave * 16 * KEY_STRIDE;
   TileOperand query[KEY_TILES];
 #pragma unroll
-  for (i32 k = 0; k < KEY_TILES; k++) query[k] = tile_operand(staged_queries + wave * 16 * KEY_STRIDE + k * 16, KEY_STRIDE);
+  for (i32 k = 0; k < KEY_TILES; k++) query[k] = tile_operand(own_queries + k * 16, KEY_STRIDE);
 
   Tile16 result[VALUE_TILES];
 #pragma unroll
@@ -261,8 +266,11 @@ KERNEL(attention_tile, ATTENTION_THREADS)(const AttentionArguments a) {
       Tile16 s;
 #pragma unroll
       for (i32 i = 0; i < 256 / WAVE; i++) s.value[i] = 0.0f;
-#pragma unroll
-      for (i32 k = 0; k < KEY_TILES; k++) tile_multiply(s, query[k], tile_operand(staged_keys + p * 16 * KEY_STRIDE + k * 16, KEY_STRIDE));
+#pragma unroll KEYS_UNROLLED
+      for (i32 k = 0; k < KEY_TILES; k++) {
+        const TileOperand key = tile_operand(staged_keys + p * 16 * KEY_STRIDE + k * 16, KEY_STRIDE);
+        tile_multiply(s, KEEP_QUERIES ? query[k] : tile_operand(own_queries + k * 16, KEY_STRIDE), key);
+      }
 #pragma unroll
       for (i32 i = 0; i < 256 / WAVE; i++) score[wave][tile_row(i) * SCORE_STRIDE + p * 16 + tile_column(i)] = s.value[i];
     }

@@ -148,5 +148,6 @@ DEVICE inline void tile_multiply(Tile16& c, TileOperand a, TileOperand b) {
 #pragma unroll
     for (i32 k = 0; k < 8; k++) c.value[i] = __builtin_amdgcn_fdot2(row[k], column[k], c.value[i], false);
   }
+  __builtin_amdgcn_sched_barrier(0);   // the loads of many tiles at a time would not fit the registers
 }
 #endif
