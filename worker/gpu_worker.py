@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from worker.configuration import WorkerConfiguration
+from worker.device.base import DeviceError
 from worker.device.choose import DeviceKind, open_device
 from worker.forward import StagePart
 from worker.stage import HandoffType
@@ -20,7 +21,13 @@ from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits
 from worker.worker import Worker, WorkerStats
 
+#: Exit status of a process whose device failed in a step.
+EXIT_DEVICE_FAILED = 88
+
 LOG_FORMAT = "%(asctime)s %(levelname)s stage {stage} (pid {pid}): %(message)s"
+
+
+logger = logging.getLogger(__name__)
 
 
 class GpuWorker:
@@ -78,8 +85,18 @@ class GpuWorker:
         return self._progress
 
     def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
-        """One step; as `Stage.run`."""
-        return self._worker.run(batch, hidden)
+        """One step; as `Stage.run`, except that a device that fails ends the process.
+
+        After most failures a runtime answers every call of the process with the same error. Whoever watches
+        the process starts another, which loads the stage again.
+        """
+        try:
+            return self._worker.run(batch, hidden)
+        except DeviceError as error:
+            logger.critical("the device failed; ending the process: %s", error)
+            for handler in logging.getLogger().handlers:
+                handler.flush()
+            os._exit(EXIT_DEVICE_FAILED)
 
     def memory_map(self) -> dict[str, Any]:
         """What is allocated on the device, as plain dicts, lists, numbers and strings."""
