@@ -12,8 +12,12 @@
 constexpr i32 TYPE_F32 = 0;
 constexpr i32 TYPE_F16 = 1;
 constexpr i32 TYPE_Q4_0 = 2;
+constexpr i32 TYPE_Q4_1 = 3;
+constexpr i32 TYPE_Q5_0 = 6;
+constexpr i32 TYPE_Q5_1 = 7;
 constexpr i32 TYPE_Q8_0 = 8;
 constexpr i32 TYPE_Q4_K = 12;
+constexpr i32 TYPE_Q5_K = 13;
 constexpr i32 TYPE_Q6_K = 14;
 constexpr i32 TYPE_BF16 = 30;
 
@@ -24,6 +28,32 @@ struct BlockQ4_0 {
   static constexpr bool has_minimum = false;
   f16_bits d;
   u8 qs[16];   // element i in the low half of qs[i], element i + 16 in the high half; 8 stands for zero
+};
+
+struct BlockQ4_1 {
+  static constexpr i32 elements = 32;
+  static constexpr i32 groups = 1;
+  static constexpr bool has_minimum = true;
+  f16_bits d, m;
+  u8 qs[16];   // as Q4_0, but 0 stands for zero
+};
+
+struct BlockQ5_0 {
+  static constexpr i32 elements = 32;
+  static constexpr i32 groups = 1;
+  static constexpr bool has_minimum = false;
+  f16_bits d;
+  u8 qh[4];    // bit i: the fifth bit of element i
+  u8 qs[16];   // as Q4_0, but 16 stands for zero
+};
+
+struct BlockQ5_1 {
+  static constexpr i32 elements = 32;
+  static constexpr i32 groups = 1;
+  static constexpr bool has_minimum = true;
+  f16_bits d, m;
+  u8 qh[4];
+  u8 qs[16];   // as Q5_0, but 0 stands for zero
 };
 
 struct BlockQ8_0 {
@@ -43,6 +73,16 @@ struct BlockQ4_K {
   u8 qs[128];      // groups 2p and 2p + 1 in the low and high halves of qs[32 p ..]
 };
 
+struct BlockQ5_K {
+  static constexpr i32 elements = 256;
+  static constexpr i32 groups = 1;
+  static constexpr bool has_minimum = true;
+  f16_bits d, dmin;
+  u8 scales[12];   // as Q4_K
+  u8 qh[32];       // bit g of qh[i]: the fifth bit of element i of group g
+  u8 qs[128];      // as Q4_K
+};
+
 struct BlockQ6_K {
   static constexpr i32 elements = 256;
   static constexpr i32 groups = 2;
@@ -53,7 +93,8 @@ struct BlockQ6_K {
   f16_bits d;
 };
 
-static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_K) == 144 && sizeof(BlockQ6_K) == 210,
+static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 && sizeof(BlockQ5_0) == 22 && sizeof(BlockQ5_1) == 24 &&
+                  sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_K) == 144 && sizeof(BlockQ5_K) == 176 && sizeof(BlockQ6_K) == 210,
               "GGUF blocks are packed");
 
 // 32 consecutive elements of a row: w[i] = scale[i / 16] * q[i] + minimum[i / 16].
@@ -78,6 +119,32 @@ DEVICE inline void decode(const BlockQ4_0* row, i32 i, Decoded& out) {
   }
 }
 
+DEVICE inline void decode(const BlockQ4_1* row, i32 i, Decoded& out) {
+  const BlockQ4_1& block = row[i];
+  set_scale(out, half_to_float(block.d), half_to_float(block.m));
+  for (i32 j = 0; j < 16; j++) {
+    out.q[j] = (i8)(block.qs[j] & 15);
+    out.q[j + 16] = (i8)(block.qs[j] >> 4);
+  }
+}
+
+// Element j of 32 with four bits in qs and the fifth in qh.
+DEVICE inline i32 five_bits(const u8* qs, const u8* qh, i32 j) {
+  return (qs[j % 16] >> j / 16 * 4 & 15) | (qh[j / 8] >> j % 8 & 1) << 4;
+}
+
+DEVICE inline void decode(const BlockQ5_0* row, i32 i, Decoded& out) {
+  const BlockQ5_0& block = row[i];
+  set_scale(out, half_to_float(block.d), 0.0f);
+  for (i32 j = 0; j < 32; j++) out.q[j] = (i8)(five_bits(block.qs, block.qh, j) - 16);
+}
+
+DEVICE inline void decode(const BlockQ5_1* row, i32 i, Decoded& out) {
+  const BlockQ5_1& block = row[i];
+  set_scale(out, half_to_float(block.d), half_to_float(block.m));
+  for (i32 j = 0; j < 32; j++) out.q[j] = (i8)five_bits(block.qs, block.qh, j);
+}
+
 DEVICE inline void decode(const BlockQ8_0* row, i32 i, Decoded& out) {
   const BlockQ8_0& block = row[i];
   set_scale(out, half_to_float(block.d), 0.0f);
@@ -95,14 +162,22 @@ DEVICE inline void scale_and_minimum_q4_k(const u8* scales, i32 g, i32& scale, i
   }
 }
 
-DEVICE inline void decode(const BlockQ4_K* row, i32 i, Decoded& out) {
-  const BlockQ4_K& block = row[i / 8];
-  const i32 g = i % 8;
+// What Q4_K and Q5_K share: scale, minimum and the low four bits.
+template <class Block>
+DEVICE inline void decode_four_bits(const Block& block, i32 g, Decoded& out) {
   i32 scale, minimum;
   scale_and_minimum_q4_k(block.scales, g, scale, minimum);
   set_scale(out, half_to_float(block.d) * (float)scale, -(half_to_float(block.dmin) * (float)minimum));
   const u8* qs = block.qs + g / 2 * 32;
   for (i32 j = 0; j < 32; j++) out.q[j] = (i8)(qs[j] >> g % 2 * 4 & 15);
+}
+
+DEVICE inline void decode(const BlockQ4_K* row, i32 i, Decoded& out) { decode_four_bits(row[i / 8], i % 8, out); }
+
+DEVICE inline void decode(const BlockQ5_K* row, i32 i, Decoded& out) {
+  const BlockQ5_K& block = row[i / 8];
+  decode_four_bits(block, i % 8, out);
+  for (i32 j = 0; j < 32; j++) out.q[j] = (i8)(out.q[j] | (block.qh[j] >> i % 8 & 1) << 4);
 }
 
 DEVICE inline void decode(const BlockQ6_K* row, i32 i, Decoded& out) {

@@ -25,8 +25,12 @@ template <class Visit>
 bool with_block(i32 type, const Visit& visit) {
   switch (type) {
     case TYPE_Q4_0: visit(static_cast<const BlockQ4_0*>(nullptr)); return true;
+    case TYPE_Q4_1: visit(static_cast<const BlockQ4_1*>(nullptr)); return true;
+    case TYPE_Q5_0: visit(static_cast<const BlockQ5_0*>(nullptr)); return true;
+    case TYPE_Q5_1: visit(static_cast<const BlockQ5_1*>(nullptr)); return true;
     case TYPE_Q8_0: visit(static_cast<const BlockQ8_0*>(nullptr)); return true;
     case TYPE_Q4_K: visit(static_cast<const BlockQ4_K*>(nullptr)); return true;
+    case TYPE_Q5_K: visit(static_cast<const BlockQ5_K*>(nullptr)); return true;
     case TYPE_Q6_K: visit(static_cast<const BlockQ6_K*>(nullptr)); return true;
     default: return false;
   }

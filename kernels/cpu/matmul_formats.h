@@ -82,6 +82,33 @@ struct Format<BlockQ4_0> {
 };
 
 template <>
+struct Format<BlockQ5_0> {
+  using Block = BlockQ5_0;
+  static constexpr int blocks = 1, max_code = 31, zero = 16;
+  static constexpr bool is_signed = false;
+
+  template <class V>
+  static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+    typename V::Words head[4], raw[4];
+    V::load_columns(p, stride, head);
+    V::load_columns(p + offsetof(Block, qs), stride, raw);
+    static_assert(offsetof(Block, qh) == 2, "the fifth bits lie across the first two words");
+    const typename V::Words high = head[0] >> 16 | head[1] << 16;
+    for (int i = 0; i < 4; ++i) {
+      tile.codes[b][i] = (raw[i] & 0x0f0f0f0f) | fifth_bits<V>(high >> 4 * i);
+      tile.codes[b][4 + i] = (raw[i] >> 4 & 0x0f0f0f0f) | fifth_bits<V>(high >> (16 + 4 * i));
+    }
+    tile.scale[b][0] = V::load_halves(p + offsetof(Block, d), stride);
+  }
+
+  // Bits 0 to 3 become bit 4 of each byte: the multiplication puts a copy of all of them before every byte.
+  template <class V>
+  static typename V::Words fifth_bits(typename V::Words bits) {
+    return ((bits & 15) * 0x00204081 & 0x01010101) << 4;
+  }
+};
+
+template <>
 struct Format<BlockQ8_0> {
   using Block = BlockQ8_0;
   static constexpr int blocks = 1, max_code = 255, zero = 128;
@@ -95,22 +122,27 @@ struct Format<BlockQ8_0> {
   }
 };
 
-template <>
-struct Format<BlockQ4_K> {
-  using Block = BlockQ4_K;
-  static constexpr int blocks = 8, max_code = 15, zero = 0;
+// Q4_K and Q5_K, which differ in a fifth bit.
+template <class BlockType, bool has_fifth_bit>
+struct FormatK {
+  using Block = BlockType;
+  static constexpr int blocks = 8, max_code = has_fifth_bit ? 31 : 15, zero = 0;
   static constexpr bool is_signed = false;
 
   template <class V>
   static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
     unpack_scales(p, stride, tile, b);
-    for (int pair = 0; pair < 4; ++pair) {
-      for (int half = 0; half < 2; ++half) {
+    for (int part = 0; part < 2; ++part) {   // of each group of 32: 16 elements
+      typename V::Words high[4] = {};
+      if constexpr (has_fifth_bit) V::load_columns(p + offsetof(Block, qh) + 16 * part, stride, high);
+      for (int pair = 0; pair < 4; ++pair) {
         typename V::Words raw[4];
-        V::load_columns(p + offsetof(Block, qs) + 32 * pair + 16 * half, stride, raw);
+        V::load_columns(p + offsetof(Block, qs) + 32 * pair + 16 * part, stride, raw);
+        auto* codes = tile.codes + b + 2 * pair;
         for (int i = 0; i < 4; ++i) {
-          tile.codes[b + 2 * pair][4 * half + i] = raw[i] & 0x0f0f0f0f;
-          tile.codes[b + 2 * pair + 1][4 * half + i] = raw[i] >> 4 & 0x0f0f0f0f;
+          const auto fifth = high[i] >> 2 * pair;
+          codes[0][4 * part + i] = (raw[i] & 0x0f0f0f0f) | (fifth << 4 & 0x10101010);
+          codes[1][4 * part + i] = (raw[i] >> 4 & 0x0f0f0f0f) | (fifth << 3 & 0x10101010);
         }
       }
     }
@@ -132,6 +164,9 @@ struct Format<BlockQ4_K> {
     }
   }
 };
+
+template <> struct Format<BlockQ4_K> : FormatK<BlockQ4_K, false> {};
+template <> struct Format<BlockQ5_K> : FormatK<BlockQ5_K, true> {};
 
 template <>
 struct Format<BlockQ6_K> {

@@ -63,6 +63,7 @@ template <class V, class F, int R, int kWords>
 inline void multiply(const typename V::Words* w0, const typename V::Words* w1, const i8* x, i64 width,
                      typename V::Ints (&dot)[R][2]) {
   constexpr int kFit = std::min(kWords, V::template words_in_partial<F>);
+  static_assert(kWords % kFit == 0, "partial sums must be of equal length");
   for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = typename V::Ints{};
 #pragma GCC unroll 8
   for (int begin = 0; begin < kWords; begin += kFit) {

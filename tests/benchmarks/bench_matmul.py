@@ -1,8 +1,8 @@
 """How fast the CPU device multiplies: weight bytes and multiply-accumulates a second, shapes of Qwen2.5-0.5B.
 
-Weights are read from memory, not from a cache: each shape has as many copies as fill 256 MiB, multiplied in turn.
-Figures are medians of rounds that go through all cases, so that a noisy machine spoils single rounds and not single
-cases.
+Weights are read from memory, not from a cache: each shape has as many copies as fill 256 MiB, multiplied in
+turn. Figures are medians of rounds that go through all cases, so that a noisy machine spoils single rounds
+and not single cases.
 
     python tests/benchmarks/bench_matmul.py --types Q4_0,Q8_0 --rows 1,512 --threads 2
 """
@@ -28,7 +28,7 @@ from worker.arguments import Activation, MatmulArguments, Matrix, Step
 
 SHAPES = [(896, 896), (128, 896), (4864, 896), (896, 4864), (151936, 896)]
 COLD_BYTES = 256 << 20
-#: Multiply-accumulates of 4-bit and of 8-bit codes that one core can do in a cycle, at two vector multiplications.
+#: Multiply-accumulates of 4-bit and of 8-bit codes in a cycle of a core that does two vector multiplications.
 PEAK_PER_CYCLE = {"portable": (8, 8), "avx2": (64, 32), "avx512": (128, 64), "avx512_vnni": (128, 128)}
 
 

@@ -16,15 +16,19 @@ from loader.quant_types import QuantType
 from worker.arguments import Activation, MatmulArguments, Matrix, Step, SwigluArguments
 
 FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]
-BLOCK_TYPES = [QuantType.Q4_0, QuantType.Q8_0, QuantType.Q4_K, QuantType.Q6_K]
-TYPES = FLOAT_TYPES + BLOCK_TYPES
-#: Where the codes are in a block.
+#: Where the codes are in a block of each quantized type.
 CODE_BYTES = {
     QuantType.Q4_0: (2, 18),
+    QuantType.Q4_1: (4, 20),
+    QuantType.Q5_0: (2, 22),
+    QuantType.Q5_1: (4, 24),
     QuantType.Q8_0: (2, 34),
     QuantType.Q4_K: (16, 144),
+    QuantType.Q5_K: (16, 176),
     QuantType.Q6_K: (0, 192),
 }
+BLOCK_TYPES = list(CODE_BYTES)
+TYPES = FLOAT_TYPES + BLOCK_TYPES
 ISAS = redshard_cpu.features()
 POISON = np.float32(1e30)
 GUARD = 64  # elements before and behind every output
