@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file without their line ends.
+    """The lines of a UTF-8 file without their line ends; a byte order mark is no text.
 
     Raises:
         ValueError: the file is not UTF-8 text.
         OSError: the file cannot be read.
     """
-    try:
-        if str(path) == "-":
-            yield from (line.rstrip("\n") for line in sys.stdin)
-        else:
-            with path.open(encoding="utf-8") as file:
-                yield from (line.rstrip("\n") for line in file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    name = "standard input" if str(path) == "-" else str(path)
+    with ExitStack() as stack:
+        try:
+            # As bytes: in the C locale, Python lets through what is not UTF-8 on standard input.
+            lines: IO[bytes] = sys.stdin.buffer if str(path) == "-" else stack.enter_context(path.open("rb"))
+            for number, line in enumerate(lines, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}, line {number}: not UTF-8 text ({error.reason})") from None
+        except OSError as error:
+            raise OSError(f"{name} cannot be read: {error.strerror or error}") from error
