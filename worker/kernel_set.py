@@ -24,7 +24,7 @@ from worker.arguments import (
     SampleArguments,
     SwigluArguments,
 )
-from worker.device.base import DeviceError
+from worker.device.base import BlockRun, DeviceError
 from worker.kernel_images import image_key, read_image, source_root, write_image
 
 #: Row counts that `matmul_vector` and `swiglu_vector` are compiled for; other counts take the tile kernels.
@@ -125,23 +125,21 @@ def launches(operation: str, arguments: ctypes.Structure, rows: int, wave_size: 
     return list(plan(arguments, rows, wave_size))
 
 
-def split_planes(
-    quant_type: QuantType, blocks: int, n_blocks: int, planes: int, first_block: int, blocks_in_all: int
-) -> Launch:
-    """Move a run of `n_blocks` blocks at address `blocks` to their places in the planes at `planes`."""
-    fields = PLANES[quant_type]
+def split_planes(run: BlockRun, blocks: int, planes: int) -> Launch:
+    """Move a run of blocks at address `blocks` to their places in the planes of their tensor at `planes`."""
+    fields, block_bytes = PLANES[run.quant_type], run.quant_type.block_bytes
     arguments = SplitPlanesArguments(
         blocks=blocks,
         planes=planes,
-        first_block=first_block,
-        blocks_in_all=blocks_in_all,
-        n_blocks=n_blocks,
-        block_bytes=quant_type.block_bytes,
+        first_block=run.start // block_bytes,
+        blocks_in_all=run.tensor_bytes // block_bytes,
+        n_blocks=run.nbytes // block_bytes,
+        block_bytes=block_bytes,
         n_fields=len(fields),
+        n_groups=min(_PLANES_GROUPS, _groups(run.nbytes // 2, _PLANES_THREADS)),
     )
     for i, field in enumerate(fields):
         arguments.field[i][:] = field
-    arguments.n_groups = min(_PLANES_GROUPS, _groups(n_blocks * quant_type.block_bytes // 2, _PLANES_THREADS))
     return Launch("planes", "split_planes", (arguments.n_groups, 1, 1), _PLANES_THREADS, arguments)
 
 

@@ -17,7 +17,7 @@ from typing import Protocol
 from loader.quant_types import QuantType
 from loader.units import format_bytes
 from worker.configuration import UploadSettings
-from worker.device.base import Event, HostBuffer
+from worker.device.base import BlockRun, Event, HostBuffer
 from worker.memory_pool import MemoryPool, View
 from worker.packing import align_up
 from worker.watchdog import Guard
@@ -51,13 +51,16 @@ class StoredTensor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Blocks of one tensor that pass through a staging buffer together: the first of them at byte `start`."""
+    """Blocks of one tensor that pass through a staging buffer together."""
 
     tensor: StoredTensor
     address: int
-    start: int
-    nbytes: int
+    run: BlockRun
     staging_offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.run.nbytes
 
     @property
     def path(self) -> Path:
@@ -65,7 +68,7 @@ class _Piece:
 
     @property
     def file_offset(self) -> int:
-        return self.tensor.offset + self.start
+        return self.tensor.offset + self.run.start
 
 
 def upload(
@@ -140,7 +143,7 @@ def _batches(
                 batch, used = [], 0
                 continue
             nbytes = min(tensor.nbytes - done, room)
-            batch.append(_Piece(tensor, address, done, nbytes, used))
+            batch.append(_Piece(tensor, address, BlockRun(tensor.type, tensor.nbytes, done, nbytes), used))
             done += nbytes
             used = align_up(used + nbytes, _STAGING_ALIGNMENT)
     if batch:
@@ -157,7 +160,12 @@ class _Staging:
         self._events: list[Event | None] = [None] * settings.staging_buffers
         self._turn = 0
         self._in_flight = 0
-        stack.callback(self._release)
+        self._blocks = 0
+        if nbytes := pool.device.block_staging_bytes:
+            blocks = pool.allocate("upload", nbytes)
+            self._blocks = blocks.address
+            stack.callback(pool.free, blocks)
+        stack.callback(self._release)  # waits, so it goes before the memory is freed
         for _ in range(settings.staging_buffers):
             self._buffers.append(pool.device.allocate_host(int(settings.staging_bytes)))
 
@@ -174,15 +182,7 @@ class _Staging:
             f"copying tensor {batch[0].tensor.name!r} and {len(batch) - 1} more pieces to the device"
         ):
             for piece in batch:
-                device.copy_in_blocks(
-                    piece.address,
-                    buffer,
-                    piece.nbytes,
-                    piece.staging_offset,
-                    piece.tensor.type,
-                    piece.start,
-                    piece.tensor.nbytes,
-                )
+                device.copy_in_blocks(piece.address, buffer, piece.staging_offset, piece.run, self._blocks)
             self._events[self._turn] = device.record_event()
         self._turn = (self._turn + 1) % len(self._buffers)
         self._in_flight += sum(piece.nbytes for piece in batch)

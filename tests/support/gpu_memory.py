@@ -9,7 +9,7 @@ from support.reference_ops import Quantized
 
 from loader.quant_types import QuantType
 from worker.arguments import Activation, Matrix, Step
-from worker.device.base import Device
+from worker.device.base import BlockRun, Device
 
 _ALIGNMENT = 256
 _GUARD = 256
@@ -51,6 +51,7 @@ class GpuMemory:
         self.device = device
         self._base = device.allocate(_NBYTES)
         self._host = device.allocate_host(_NBYTES)
+        self._staging = device.allocate(device.block_staging_bytes)
         self._top = 0
 
     def clear(self) -> None:
@@ -78,9 +79,8 @@ class GpuMemory:
         self._host.array[: data.nbytes] = data
         middle = len(data) // quant_type.block_bytes // 3 * quant_type.block_bytes
         for start, end in ((0, middle), (middle, len(data))):
-            self.device.copy_in_blocks(
-                address, self._host, end - start, start, quant_type, start, data.nbytes
-            )
+            run = BlockRun(quant_type, data.nbytes, start, end - start)
+            self.device.copy_in_blocks(address, self._host, start, run, self._staging)
         self.device.synchronize()
         return Matrix(address, self.put_optional(bias), quant_type.ggml_id, len(blocks))
 

@@ -42,6 +42,21 @@ class HostBuffer:
     array: np.ndarray  # uint8, (nbytes,)
 
 
+@dataclass(frozen=True, slots=True)
+class BlockRun:
+    """Consecutive blocks of a tensor, as its file has them.
+
+    Attributes:
+        quant_type: of the tensor; tensor_bytes: of the whole tensor.
+        start: place of the run in the tensor; nbytes: of the run.
+    """
+
+    quant_type: QuantType
+    tensor_bytes: int
+    start: int
+    nbytes: int
+
+
 class Graph(ABC):
     """A recorded sequence of launches and copies, replayed in one call."""
 
@@ -67,6 +82,7 @@ class Device(ABC):
 
     kind: str  # "cpu", "hip" or "cuda"
     properties: DeviceProperties
+    block_staging_bytes = 0  # device memory that `copy_in_blocks` passes blocks through
 
     @abstractmethod
     def memory_info(self) -> tuple[int, int]:
@@ -93,27 +109,18 @@ class Device(ABC):
         """Copy `nbytes` at `offset` of a host buffer to device memory, asynchronously."""
 
     def copy_in_blocks(
-        self,
-        destination: int,
-        source: HostBuffer,
-        nbytes: int,
-        offset: int,
-        quant_type: QuantType,
-        first_byte: int,
-        tensor_bytes: int,
+        self, destination: int, source: HostBuffer, offset: int, run: BlockRun, staging: int
     ) -> None:
         """Copy a run of a tensor's blocks to where this device's kernels want them, asynchronously.
 
         Args:
             destination: address of the tensor.
             source: holds the run at `offset`.
-            nbytes: of the run: whole blocks.
             offset: in `source`.
-            quant_type: of the tensor.
-            first_byte: place of the run in the tensor as its file has it.
-            tensor_bytes: of the whole tensor.
+            run: the blocks.
+            staging: address of `block_staging_bytes` bytes of device memory for this call's own use.
         """
-        self.copy_in(destination + first_byte, source, nbytes, offset)
+        self.copy_in(destination + run.start, source, run.nbytes, offset)
 
     @abstractmethod
     def copy_out(self, destination: HostBuffer, source: int, nbytes: int, offset: int = 0) -> None:

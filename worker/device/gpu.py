@@ -12,24 +12,20 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from loader.quant_types import QuantType
-from worker.device.base import Device, DeviceError, DeviceProperties, Event, Graph, HostBuffer
+from worker.device.base import BlockRun, Device, DeviceError, DeviceProperties, Event, Graph, HostBuffer
 from worker.kernel_set import PLANES, KernelSet, Launch, attention_scratch_bytes, launches, split_planes
 from worker.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 Direction = Literal["in", "out", "within"]
-
-_MIB = 1 << 20
-#: Blocks on their way into planes pass through a buffer on the GPU of this size.
-_BLOCK_STAGING_BYTES = 4 * _MIB
 
 
 class Driver(ABC):
@@ -233,6 +229,8 @@ class GpuDevice(Device):
         free_events: handles of events that nobody waits for any more.
     """
 
+    block_staging_bytes = 4 << 20
+
     def __init__(self, driver: Driver) -> None:
         self.kind = driver.kind
         self.properties = driver.properties
@@ -245,7 +243,6 @@ class GpuDevice(Device):
         self._host_buffers: set[int] = set()
         self._graphs: set[GpuGraph] = set()
         self._recording: list[Callable[[], None] | Launch] | None = None
-        self._block_staging = 0
         self._closed = False
 
     def guard(self, what: str, deadline: float | None) -> Any:
@@ -286,36 +283,17 @@ class GpuDevice(Device):
         self._run(partial(self.driver.copy, destination, source.address + offset, nbytes, "in"))
 
     def copy_in_blocks(
-        self,
-        destination: int,
-        source: HostBuffer,
-        nbytes: int,
-        offset: int,
-        quant_type: QuantType,
-        first_byte: int,
-        tensor_bytes: int,
+        self, destination: int, source: HostBuffer, offset: int, run: BlockRun, staging: int
     ) -> None:
-        if quant_type not in PLANES:
-            self.copy_in(destination + first_byte, source, nbytes, offset)
+        if run.quant_type not in PLANES:
+            super().copy_in_blocks(destination, source, offset, run, staging)
             return
-        _check_range("copy_in_blocks", source, nbytes, offset)
-        if not self._block_staging:
-            self._block_staging = self.allocate(_BLOCK_STAGING_BYTES)
-        block_bytes = quant_type.block_bytes
-        at_once = _BLOCK_STAGING_BYTES // block_bytes * block_bytes
-        for done in range(0, nbytes, at_once):
-            part = min(at_once, nbytes - done)
-            self.copy_in(self._block_staging, source, part, offset + done)
-            self._run(
-                split_planes(
-                    quant_type,
-                    self._block_staging,
-                    part // block_bytes,
-                    destination,
-                    (first_byte + done) // block_bytes,
-                    tensor_bytes // block_bytes,
-                )
-            )
+        block_bytes = run.quant_type.block_bytes
+        at_once = self.block_staging_bytes // block_bytes * block_bytes
+        for done in range(0, run.nbytes, at_once):
+            part = replace(run, start=run.start + done, nbytes=min(at_once, run.nbytes - done))
+            self.copy_in(staging, source, part.nbytes, offset + done)
+            self._run(split_planes(part, staging, destination))
 
     def copy_out(self, destination: HostBuffer, source: int, nbytes: int, offset: int = 0) -> None:
         _check_range("copy_out", destination, nbytes, offset)
