@@ -297,7 +297,12 @@ def _count_vocabulary(file: GGUFFile) -> int:
         raise GGUFError(
             table.path, f"tensor {table.name!r} of shape {table.shape} is not a matrix", table.offset
         )
-    return table.shape[0]
+    rows, tokens = table.shape[0], file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != rows:
+        raise GGUFError(
+            table.path, f"tensor {table.name!r} has {rows} rows for {len(tokens)} tokens", table.offset
+        )
+    return rows
 
 
 def _read_rope(keys: _Keys, style: RopeStyle, head_dim: int, context_length: int) -> RopeConfig:

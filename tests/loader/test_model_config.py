@@ -241,3 +241,15 @@ def test_any_matrix_may_have_a_bias(path: Path) -> None:
         "ffn_up_bias": (config.n_ff,),
         "ffn_down_bias": (config.n_embd,),
     }
+
+
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_every_token_has_a_row(path: Path, difference: int) -> None:
+    config = tiny_config("llama")
+    tokens = [f"token {i}" for i in range(config.n_vocab + difference)]
+    write_model(path, config, metadata={"tokenizer.ggml.tokens": tokens})
+    with (
+        GGUFFile.open(path) as file,
+        pytest.raises(GGUFError, match=f"{config.n_vocab} rows for {len(tokens)} tokens"),
+    ):
+        ModelConfig.from_gguf(file)
