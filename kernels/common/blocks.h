@@ -2,9 +2,9 @@
 //
 // The includer provides types.h, DEVICE (how a device function is declared) and `float half_to_float(f16_bits)`.
 //
-// Every quantized format is seen as groups of 16 or 32 elements with w = scale * q + minimum, q an int8. `decode` gives 32
-// consecutive elements of a row that way; a new format needs its structure and its `decode`.
-// Source of the layouts: ggml, ggml-common.h and ggml-quants.c (https://github.com/ggml-org/ggml).
+// Every quantized format is seen as groups of 16 or 32 elements with w = scale * q + minimum, q an int8. `decode`
+// gives 32 consecutive elements of a row that way; a new format needs its structure and its `decode`. Source of the
+// layouts: ggml, ggml-common.h and ggml-quants.c (https://github.com/ggml-org/ggml).
 #pragma once
 #include "common/types.h"
 
@@ -93,8 +93,9 @@ struct BlockQ6_K {
   f16_bits d;
 };
 
-static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 && sizeof(BlockQ5_0) == 22 && sizeof(BlockQ5_1) == 24 &&
-                  sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_K) == 144 && sizeof(BlockQ5_K) == 176 && sizeof(BlockQ6_K) == 210,
+static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 && sizeof(BlockQ5_0) == 22 &&
+                  sizeof(BlockQ5_1) == 24 && sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_K) == 144 &&
+                  sizeof(BlockQ5_K) == 176 && sizeof(BlockQ6_K) == 210,
               "GGUF blocks are packed");
 
 // 32 consecutive elements of a row: w[i] = scale[i / 16] * q[i] + minimum[i / 16].
@@ -151,7 +152,8 @@ DEVICE inline void decode(const BlockQ8_0* row, i32 i, Decoded& out) {
   for (i32 j = 0; j < 32; j++) out.q[j] = block.qs[j];
 }
 
-// The 6-bit scale and minimum of group g: the first four stand alone, the others borrow the top two bits of the first eight bytes.
+// The 6-bit scale and minimum of group g: the first four stand alone, the others borrow the top two bits of the first
+// eight bytes.
 DEVICE inline void scale_and_minimum_q4_k(const u8* scales, i32 g, i32& scale, i32& minimum) {
   if (g < 4) {
     scale = scales[g] & 63;

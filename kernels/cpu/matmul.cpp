@@ -1,7 +1,9 @@
-// The operations `matmul` and `swiglu`: how the work is cut up. The arithmetic is in matmul_quantized.h and matmul_float.h.
+// The operations `matmul` and `swiglu`: how the work is cut up. The arithmetic is in matmul_quantized.h and
+// matmul_float.h.
 //
-// The weights are cut into strips of 32 rows, the activations into panels that fit a core's second-level cache. A unit of
-// work is one strip times one panel; units run panel by panel, so that a panel stays in the cache while the weights pass by.
+// The weights are cut into strips of 32 rows, the activations into panels that fit a core's second-level cache. A
+// unit of work is one strip times one panel; units run panel by panel, so that a panel stays in the cache while the
+// weights pass by.
 #include "cpu/matmul.h"
 
 #include <algorithm>
@@ -65,7 +67,8 @@ class Products {
   i64 first_row(i64 panel) const { return panel * panel_rows_; }
   i64 end_row(i64 panel) const { return std::min(n_x_, first_row(panel) + panel_rows_); }
 
-  // x[first_row .. end_row] times the strip's rows of matrix m, bias added: [rows, kStripRows], in memory of the thread.
+  // x[first_row .. end_row] times the strip's rows of matrix m, bias added: [rows, kStripRows], in memory of the
+  // thread.
   float* compute(int m, i64 panel, i64 strip, int thread) {
     Scratch& scratch = scratch_[static_cast<std::size_t>(thread)];
     const StripKernel& kernel = kernels_[m];

@@ -22,8 +22,9 @@ struct Strip {
 
 // How one weight type is multiplied on one instruction set.
 struct StripKernel {
-  // Several formats store codes that are too large by a constant. Their products are too large by that constant times the
-  // sum of each group's activations: `prepare` writes those, offsets_per_block of them for 32 columns. Null if never needed.
+  // Several formats store codes that are too large by a constant. Their products are too large by that constant times
+  // the sum of each group's activations: `prepare` writes those, offsets_per_block of them for 32 columns. Null if
+  // never needed.
   void (*prepare)(const Activation& x, i64 n_x, i64 width, i32* offsets);
   i64 offsets_per_block;
   void (*product)(const Strip& strip);

@@ -1,5 +1,5 @@
-// The product of a strip of float weights with a panel of float32 activations: one accumulator for each output element, fused
-// multiply-adds over the columns in order. Compiled once for each instruction set V.
+// The product of a strip of float weights with a panel of float32 activations: one accumulator for each output
+// element, fused multiply-adds over the columns in order. Compiled once for each instruction set V.
 #pragma once
 #include "cpu/dequantize.h"
 #include "cpu/matmul_strip.h"
@@ -90,8 +90,8 @@ void float_product(const Strip& s) {
         unpack_columns<V, F>(rows + k * (16 / F::columns), s.row_bytes, n, tiles[c]);
       }
       in_equal_parts<V::max_float_rows>(s.n_x, [&](i64 row, auto n_rows) {
-        multiply<V, decltype(n_rows)::value>(tiles, n, k == 0, s.x.values + row * s.width + k, s.width,
-                                             {vectors.out(v) + row * kStripRows, vectors.out(v + 1) + row * kStripRows});
+        float* const out[2] = {vectors.out(v) + row * kStripRows, vectors.out(v + 1) + row * kStripRows};
+        multiply<V, n_rows.value>(tiles, n, k == 0, s.x.values + row * s.width + k, s.width, out);
       });
     }
   }

@@ -1,15 +1,18 @@
 // How the codes of each quantized format get into vector registers. Compiled once for each instruction set V.
 //
-// Lanes are weight rows: word i of V::lanes rows is one vector, so that one instruction multiplies the same columns of all of
-// them and no sum ever crosses lanes. Because rows are only loaded and transposed once, in words of four codes, unpacking
-// costs a fraction of an instruction for each code.
+// Lanes are weight rows: word i of V::lanes rows is one vector, so that one instruction multiplies the same columns
+// of all of them and no sum ever crosses lanes. Because rows are only loaded and transposed once, in words of four
+// codes, unpacking costs a fraction of an instruction for each code.
 //
 // A format F = Format<Block> gives
 //   Block           its structure in common/blocks.h
 //   blocks          how many blocks of 32 columns one Block holds
-//   max_code, zero  codes are 0 .. max_code and stand for code - zero; or, with `is_signed`, they are the int8 themselves
-//   unpack(p, stride, tile, b): the Block at p of V::lanes rows, `stride` bytes apart, into blocks b, b + 1, ... of the tile
+//   max_code, zero  codes are 0 .. max_code and stand for code - zero; with `is_signed` they are the int8 themselves
+//   unpack(p, stride, tile, b): the Block at p of V::lanes rows, `stride` bytes apart, into blocks b, b + 1, ... of
+//                   the tile
 #pragma once
+#include <cstddef>
+
 #include "cpu/dequantize.h"
 
 namespace redshard {

@@ -1,4 +1,5 @@
-// Products on any CPU, straight from the definition in ARCHITECTURE.md: what every other instruction set must reproduce.
+// Products on any CPU, straight from the definition in ARCHITECTURE.md: what every other instruction set must
+// reproduce.
 #include <algorithm>
 
 #include "cpu/dequantize.h"

@@ -1,7 +1,8 @@
-// The product of a strip of quantized weights with a panel of quantized activations. Compiled once for each instruction set V.
+// The product of a strip of quantized weights with a panel of quantized activations. Compiled once for each
+// instruction set V.
 //
-// A tile of 2 x V::lanes weight rows is unpacked once and then meets all the rows of activations, R at a time, so that each
-// load of codes serves R rows and each load of activations serves two vectors of weights.
+// A tile of 2 x V::lanes weight rows is unpacked once and then meets all the rows of activations, R at a time, so
+// that each load of codes serves R rows and each load of activations serves two vectors of weights.
 #pragma once
 #include "cpu/matmul_formats.h"
 #include "cpu/matmul_strip.h"
@@ -123,9 +124,9 @@ struct RowPair {
   float* out[2];
 };
 
-// The blocks of 32 columns begin .. end of two vectors of rows into tiles. Meanwhile the same share of the next two comes from
-// memory: rows lie one after the other, but each is too short for the processor to notice a stream, and a burst of requests
-// would keep it waiting.
+// The blocks of 32 columns begin .. end of two vectors of rows into tiles. Meanwhile the same share of the next two
+// comes from memory: rows lie one after the other, but each is too short for the processor to notice a stream, and a
+// burst of requests would keep it waiting.
 template <class V, class F>
 void unpack(const RowPair<V>& rows, i64 row_bytes, i64 begin, i64 end, Tile<V>* tiles) {
   constexpr i64 kBlockBytes = sizeof(typename F::Block);
@@ -141,8 +142,8 @@ void unpack(const RowPair<V>& rows, i64 row_bytes, i64 begin, i64 end, Tile<V>* 
   }
 }
 
-// R rows of activations: sums stay in registers from the first column to the last. The tile is short, so that reading weights
-// and multiplying alternate quickly and memory is never idle.
+// R rows of activations: sums stay in registers from the first column to the last. The tile is short, so that reading
+// weights and multiplying alternate quickly and memory is never idle.
 template <class V, class F, int R>
 void few_rows_product(const Strip& s, const RowPair<V>& rows, Tile<V>* tiles) {
   typename V::Floats sum[R][2] = {};
@@ -186,7 +187,8 @@ void quantized_product(const Strip& s) {
       const i64 end = std::min(begin + kTileBlocks, n_blocks);
       unpack<V, F>(rows, s.row_bytes, begin, end, tiles);
       in_equal_parts<kMaxRows>(s.n_x, [&](i64 row, auto n_rows) {
-        tile_product<V, F, n_rows.value>(tiles, end - begin, begin == 0, Rows(s, F::Block::groups, row, begin), rows, row);
+        const Rows x(s, F::Block::groups, row, begin);
+        tile_product<V, F, n_rows.value>(tiles, end - begin, begin == 0, x, rows, row);
       });
     }
   }

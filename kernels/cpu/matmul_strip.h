@@ -9,8 +9,9 @@
 namespace redshard {
 namespace {
 
-// The vectors of V::lanes weight rows that a strip is made of, taken two at a time. A strip at the end of the matrix is moved
-// back so that it never leaves it; the rows before it are then computed twice, and dropped by `align_output`.
+// The vectors of V::lanes weight rows that a strip is made of, taken two at a time. A strip at the end of the matrix
+// is moved back so that it never leaves it; the rows before it are then computed twice, and dropped by
+// `align_output`.
 template <class V>
 struct StripVectors {
   explicit StripVectors(const Strip& s)
