@@ -10,7 +10,12 @@
 #define KERNEL(name, threads) \
   extern "C" __attribute__((global, amdgpu_flat_work_group_size(1, threads))) void name
 
-constexpr i32 WAVE = __AMDGCN_WAVEFRONT_SIZE__;
+// By family: since ROCm 7.2 the compiler no longer says it (the macro __AMDGCN_WAVEFRONT_SIZE__ is gone).
+#if defined(__GFX9__)
+constexpr i32 WAVE = 64;
+#else
+constexpr i32 WAVE = 32;
+#endif
 
 #if defined(__GFX11__) || defined(__GFX12__)
 #define HAS_WMMA 1
@@ -34,6 +39,9 @@ DEVICE inline void wave_barrier() {
   __builtin_amdgcn_wave_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
 }
+
+DEVICE inline void wait_for_previous_launch() {}   // launches here do not overlap
+DEVICE inline void prefetch(const void*) {}
 
 DEVICE inline i32 lane_read(i32 v, i32 lane) { return __builtin_amdgcn_ds_bpermute(lane << 2, v); }
 
