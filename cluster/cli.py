@@ -18,10 +18,9 @@ from cluster.errors import ModelError, RedshardError
 from worker.device.base import DeviceError
 from worker.memory_pool import PoolError
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,18 +41,22 @@ def _options(
 def main() -> None:
     """Run the command line. An error is one line on standard error, a traceback only with ``--debug``.
 
-    Exit codes: 0 done, 1 failed while running, 2 bad input.
+    Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
     """
     try:
-        app()
+        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False))
+    except typer.Abort:
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        if "--debug" in sys.argv:
+        if sys.argv[1:2] == ["--debug"]:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(_exit_code(error))
 
 
 def _sentence(error: Exception) -> str:
+    if _is_usage_error(error):
+        return f"{error.format_message()} (see `redshard --help`)"  # type: ignore[attr-defined]
     if isinstance(error, (RedshardError, DeviceError, PoolError, ValueError, OSError)):
         return str(error)
     return f"{type(error).__name__}: {error} (run `redshard --debug ...` for the traceback)"
@@ -61,4 +64,10 @@ def _sentence(error: Exception) -> str:
 
 def _exit_code(error: Exception) -> int:
     # Everything the loader refuses is a ValueError: broken files, unknown architectures, plans too large.
-    return EXIT_BAD_INPUT if isinstance(error, (ValueError, ModelError, OSError)) else EXIT_FAILED
+    bad_input = _is_usage_error(error) or isinstance(error, (ValueError, ModelError, OSError))
+    return EXIT_BAD_INPUT if bad_input else EXIT_FAILED
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether the parser refused the arguments; typer has moved the class, but never this method."""
+    return hasattr(error, "format_message")

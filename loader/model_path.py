@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "models"
@@ -22,7 +23,7 @@ def find_model(model: str | Path) -> Path:
     """
     if str(model) in SHIPPED_MODELS:
         return SHIPPED_MODELS[str(model)]
-    path = Path(model).expanduser().absolute()
+    path = Path(os.path.expanduser(model)).absolute()
     if not path.exists():
         names = ", ".join(SHIPPED_MODELS)
         raise UnknownModelError(

@@ -74,7 +74,8 @@ def generate(
 
 
 def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    texts = [*(prompts or []), *(read_lines(file) if file is not None else [])]
+    lines = [line for line in read_lines(file) if line.strip()] if file is not None else []
+    texts = [*(prompts or []), *lines]
     if not texts:
         raise ParameterError('give a prompt, such as: redshard generate MODEL.gguf "Once upon a time"')
     return texts

@@ -115,6 +115,21 @@ def test_invalid_parameters(run: Run, model: Path) -> None:
     refused(run("generate", model, "x", "--stages", 6), "stages", "5")
 
 
+def test_usage_errors(run: Run, model: Path) -> None:
+    refused(run("generate", model, "x", "--top-k", "abc"), "--top-k", "--help")
+    refused(run("plan", model), "--gpus")
+    refused(run("bench", model, "--sequences", 0), "--sequences")
+    refused(run("nonsense"), "nonsense")
+    refused(run("inspect", "~nobody-of-this-name/model.gguf"), "there is no file")
+
+
+def test_help_without_arguments(run: Run) -> None:
+    outcome = run()
+    assert outcome.code == 0
+    for command in ("generate", "demo", "inspect", "plan", "tokenize", "bench"):
+        assert command in outcome.out
+
+
 @pytest.mark.usefixtures("ray_instance")
 def test_generate_streams_one_prompt(run: Run, model: Path) -> None:
     options = ("--max-tokens", 5, "--temperature", 0, "--context", 64)
@@ -131,7 +146,7 @@ def test_generate_streams_one_prompt(run: Run, model: Path) -> None:
 @pytest.mark.usefixtures("ray_instance")
 def test_generate_prints_prompts_in_order(run: Run, model: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("first\nsecond\nthird\n")
+    prompts.write_text("first\n\nsecond\nthird\n")
     outcome = run("generate", model, "--file", prompts, "--max-tokens", 3, "--context", 64, "--stages", 2)
     places = [outcome.out.index(f"{name} ─") for name in ("first", "second", "third")]
     assert places == sorted(places)
