@@ -193,9 +193,9 @@ DEVICE inline i32 distance_bin(float largest, float logit) {
   return distance > 0.0f ? (i32)distance : 0;
 }
 
-// The least key in a bin no further than `bin`.
+// The least key in a bin no further than `bin`; behind the largest logit's where there is none.
 DEVICE inline u32 lowest_key(float largest, i32 bin) {
-  u32 low = KEY_MINUS_INFINITY, high = key_of(largest);
+  u32 low = KEY_MINUS_INFINITY, high = key_of(largest) + 1;
   while (low < high) {
     const u32 middle = low + (high - low) / 2;
     if (distance_bin(largest, logit_of(middle)) <= bin) high = middle;
