@@ -41,7 +41,7 @@ fs::path own_directory() {
 
 // `unsigned NAME_argument_bytes` for every kernel of a preprocessed source.
 std::string argument_sizes(const std::string& preprocessed) {
-  const std::regex kernel(R"re(extern "C" void (\w+)\(const (\w+) \w+\))re");
+  const std::regex kernel(R"re(extern "C" void (\w+) ?\(const (\w+) \w+\))re");
   std::string result;
   for (std::sregex_iterator match(preprocessed.begin(), preprocessed.end(), kernel), end; match != end; ++match)
     result += "extern \"C\" const unsigned " + match->str(1) + "_argument_bytes = sizeof(" + match->str(2) + ");\n";
