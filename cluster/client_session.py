@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from cluster.errors import PipelineError, RedshardError
+from cluster.ray_session import RaySession, is_current
 from cluster.requests import Increment, Request
 
 #: Called with each increment of a request, on the session's thread; must not block.
@@ -18,6 +19,7 @@ Deliver = Callable[[Increment], object]
 
 _POLL_S = 10.0
 _CLOSE_S = 60.0
+_CLOSED = "the model was closed"
 
 
 class ClientSession:
@@ -25,12 +27,15 @@ class ClientSession:
 
     Args:
         coordinator: handle of the actor, which is serving.
+        ray_session: the connection to Ray that the handle belongs to.
     """
 
-    def __init__(self, coordinator: Any) -> None:
+    def __init__(self, coordinator: Any, ray_session: RaySession) -> None:
         self._coordinator = coordinator
+        self._ray_session = ray_session
         self._receivers: dict[str, Deliver] = {}
-        self._lock = threading.Lock()
+        # Reentrant, because garbage collection may close the session in a thread that holds it.
+        self._lock = threading.RLock()
         self._ended: str | None = None
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._receive, name="redshard-increments", daemon=True)
@@ -40,33 +45,53 @@ class ClientSession:
         """An id for a request."""
         return f"request-{next(self._numbers)}"
 
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the coordinator.
+
+        Returns the reference to wait for, with `ask` or `await`. Raises PipelineError, before anything is
+        sent, when the model was closed or its coordinator is gone.
+        """
+        with self._lock:
+            self._check()
+            return getattr(self._coordinator, method).remote(*arguments)
+
     def register(self, requests: Iterable[Request], deliver: Deliver) -> Any:
-        """Submit requests; the reference to wait for, with `ray.get` or `await`, may raise PipelineError."""
+        """Submit requests; as for `call`, the reference may raise PipelineError."""
         requests = list(requests)
         with self._lock:
-            if self._ended is not None:
-                raise PipelineError(self._ended)
+            self._check()
             for request in requests:
                 self._receivers[request.request_id] = deliver
-        return self._coordinator.add.remote(requests)
+            return self.call("add", requests)
 
     def forget(self, requests: Iterable[Request]) -> None:
         """Abort those requests that have not ended."""
         with self._lock:
             open_ids = [r.request_id for r in requests if self._receivers.pop(r.request_id, None) is not None]
-        if open_ids and self._ended is None:
-            self._coordinator.abort.remote(open_ids)
+            if open_ids:
+                with contextlib.suppress(PipelineError):  # then they have ended
+                    self.call("abort", open_ids)
 
     def close(self) -> None:
-        """End the coordinator, its workers and this session. Idempotent."""
-        if ray.is_initialized():
+        """End the coordinator, its workers and this session; no call goes out any more. Idempotent."""
+        with self._lock:
+            self._ended = _CLOSED
+        if is_current(self._ray_session):
             end_coordinator(self._coordinator)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check(self) -> None:
+        # Ray would start a new cluster of its own for a call without a connection.
+        if self._ended is None and not is_current(self._ray_session):
+            self._ended = "this process has left the Ray cluster of the model; load the model again"
+        if self._ended is not None:
+            raise PipelineError(self._ended)
 
     def _receive(self) -> None:
         try:
             while True:
-                for increment in ray.get(self._coordinator.poll.remote(_POLL_S)):
+                for increment in ray.get(self.call("poll", _POLL_S)):
                     self._deliver(increment)
         except Exception as error:
             self._end(_reason(error))
@@ -81,7 +106,7 @@ class ClientSession:
 
     def _end(self, reason: str) -> None:
         with self._lock:
-            self._ended = reason
+            self._ended = self._ended or reason
             receivers, self._receivers = self._receivers, {}
         for request_id, deliver in receivers.items():
             deliver(Increment(request_id, error=reason))

@@ -20,7 +20,7 @@ from cluster.completion import ChunkStream, Completion, CompletionChunk, complet
 from cluster.coordinator import Coordinator, PipelineInfo, PipelineSettings
 from cluster.errors import ModelError, ParameterError, RequestError
 from cluster.prompts import Prompt, PromptEncoder, as_list, params_of_each
-from cluster.ray_session import connect, disconnect
+from cluster.ray_session import RaySession, connect, disconnect
 from cluster.requests import Increment, Request
 from cluster.sampling_params import SamplingParams
 from cluster.stage_actor import StageActor
@@ -114,22 +114,17 @@ class LLM:
             raise ParameterError(
                 f"max_step_tokens is {max_step_tokens}; it must exceed max_sequences ({max_sequences})"
             )
-        started_here = connect()
-        coordinator: Any = ray.remote(Coordinator)
-        options = {"num_cpus": 0, "max_concurrency": _COORDINATOR_THREADS}
-        self._coordinator = coordinator.options(**options).remote(stage_class)
+        ray_session = connect()
         try:
-            info = self._load(replace(settings, kind=_device_kind(device, stages)), on_progress)
+            self._coordinator, info = _start(settings, stage_class, on_progress)
         except BaseException:
-            end_coordinator(self._coordinator)
-            if started_here:
-                disconnect()
+            disconnect(ray_session)
             raise
         self.max_length = info.max_length
         self.cache_tokens = info.cache_tokens
         self._prompts = PromptEncoder(self.tokenizer, chat, info.max_length - 1)
-        self._session = ClientSession(self._coordinator)
-        self._closed = weakref.finalize(self, _close, self._session, started_here)
+        self._session = ClientSession(self._coordinator, ray_session)
+        self._closed = weakref.finalize(self, _close, self._session, ray_session)
 
     def __enter__(self) -> LLM:
         return self
@@ -195,23 +190,15 @@ class LLM:
 
     def stats(self) -> dict[str, Any]:
         """State, times of the run loop in seconds (`EngineTimes`), and `WorkerStats` of every worker."""
-        return ask(self._coordinator.stats.remote())
+        return ask(self._session.call("stats"))
 
     def memory_map(self) -> list[dict[str, Any]]:
         """What every worker has allocated on its device, in bytes."""
-        return ask(self._coordinator.memory_maps.remote())
+        return ask(self._session.call("memory_maps"))
 
     def close(self) -> None:
         """End the workers, and Ray too if it was started here. Idempotent; unfinished requests fail."""
         self._closed()
-
-    def _load(self, settings: PipelineSettings, on_progress: OnProgress | None) -> PipelineInfo:
-        loading = self._coordinator.start.remote(settings)
-        while not ray.wait([loading], timeout=_PROGRESS_S)[0]:
-            if on_progress is not None:
-                progress = ask(self._coordinator.progress.remote())
-                on_progress(sum(done for done, _ in progress), sum(total for _, total in progress))
-        return ask(loading)
 
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], params: Params, stream: bool = False
@@ -303,7 +290,26 @@ def _completions(requests: list[Request], last: dict[str, Increment]) -> list[Co
     ]
 
 
-def _close(session: ClientSession, started_here: bool) -> None:
+def _start(
+    settings: PipelineSettings, stage_class: type[StageActor], on_progress: OnProgress | None
+) -> tuple[Any, PipelineInfo]:
+    """A coordinator that serves, and what it says of the pipeline. Leaves nothing behind when it fails."""
+    settings = replace(settings, kind=_device_kind(settings.kind, settings.n_stages))
+    coordinator_class: Any = ray.remote(Coordinator)
+    options = {"num_cpus": 0, "max_concurrency": _COORDINATOR_THREADS}
+    coordinator = coordinator_class.options(**options).remote(stage_class)
+    try:
+        loading = coordinator.start.remote(settings)
+        while not ray.wait([loading], timeout=_PROGRESS_S)[0]:
+            if on_progress is not None:
+                progress = ask(coordinator.progress.remote())
+                on_progress(sum(done for done, _ in progress), sum(total for _, total in progress))
+        return coordinator, ask(loading)
+    except BaseException:
+        end_coordinator(coordinator)
+        raise
+
+
+def _close(session: ClientSession, ray_session: RaySession) -> None:
     session.close()
-    if started_here:
-        disconnect()
+    disconnect(ray_session)

@@ -1,26 +1,70 @@
-"""Joining a Ray cluster, or starting a local one."""
+"""Joining a Ray cluster, or starting a local one, and leaving it with its last user in this process."""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
+from collections import Counter
 
 import ray
 
 from cluster.errors import PipelineError
 
+#: Tells one connection of this process to Ray from another: (address of the cluster, job).
+RaySession = tuple[str, str]
 
-def connect() -> bool:
-    """Make Ray usable in this process; False if it already was.
+# Reentrant, because a model that is collected as garbage disconnects in whatever thread that happens.
+_lock = threading.RLock()
+_users: Counter[RaySession] = Counter()
+_started_here: set[RaySession] = set()
+
+
+def connect() -> RaySession:
+    """Make Ray usable in this process until `disconnect` was called as often as this.
 
     Joins the cluster that RAY_ADDRESS names or that `ray start` left running on this machine; otherwise
-    starts a local one, without dashboard, usage statistics or log lines.
+    starts a local one, without dashboard, usage statistics or log lines. A connection that is there already
+    is used, and stays.
 
     Raises:
         PipelineError: the cluster cannot be reached, or the environment contradicts itself.
     """
-    if ray.is_initialized():
-        return False
+    with _lock:
+        session = _current()
+        if session is None:
+            session = _start()
+            _started_here.add(session)
+        _users[session] += 1
+        return session
+
+
+def disconnect(session: RaySession) -> None:
+    """The end of a `connect`: the last one leaves the cluster, or ends it if it was started here."""
+    with _lock:
+        _users[session] -= 1
+        if _users[session] > 0:
+            return
+        del _users[session]
+        if session in _started_here:
+            _started_here.remove(session)
+            if is_current(session):
+                ray.shutdown()
+
+
+def is_current(session: RaySession) -> bool:
+    """Whether this process still has that connection; after a `ray.shutdown()` by others it has not."""
+    return _current() == session
+
+
+def _current() -> RaySession | None:
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.gcs_address, context.get_job_id()
+
+
+def _start() -> RaySession:
     if os.environ.get("ROCR_VISIBLE_DEVICES") and not os.environ.get("HIP_VISIBLE_DEVICES"):
         raise PipelineError(
             "Ray does not accept ROCR_VISIBLE_DEVICES alone; set HIP_VISIBLE_DEVICES to choose among the GPUs"
@@ -30,16 +74,10 @@ def connect() -> bool:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (
-        Exception
-    ) as error:  # Ray raises plain ones too, for instance when a busy machine starts it too slowly
+        session = _current()
+    except Exception as error:  # Ray raises plain ones too, for instance when a busy machine starts it slowly
         ray.shutdown()
         address = os.environ.get("RAY_ADDRESS") or "of this machine"
         raise PipelineError(f"the Ray cluster {address} cannot be joined or started: {error}") from error
-    return True
-
-
-def disconnect() -> None:
-    """Leave the cluster; end it if it was started here."""
-    if ray.is_initialized():
-        ray.shutdown()
+    assert session is not None
+    return session
