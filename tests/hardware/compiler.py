@@ -41,22 +41,24 @@ def macro_options(macros: Sequence[tuple[str, int]]) -> list[str]:
     return [f"-D{name}={value}" for name, value in macros]
 
 
-def compile_source(source: str, arch: str, macros: Sequence[tuple[str, int]] = ()) -> bytes:
+def compile_source(
+    source: str, arch: str, macros: Sequence[tuple[str, int]] = (), options: Sequence[str] = ()
+) -> bytes:
     """The code object (ELF) of a translation unit.
 
     Args:
         source: file name in kernels/hip.
         arch: target such as "gfx942".
         macros: the source's parameters.
+        options: further ones of the compiler.
 
     Raises:
         CompileError: an error, or a warning that is none of the ignored ones.
     """
     root = source_root()
-    options = [*_OFFLOAD_OPTIONS, f"--offload-arch={arch}", f"-I{root}", *macro_options(macros)]
-    run = subprocess.run(
-        [str(compiler()), *options, str(root / "hip" / source), "-o", "-"], capture_output=True, check=False
-    )
+    target = [f"--offload-arch={arch}", f"-I{root}", *macro_options(macros), *options]
+    command = [str(compiler()), *_OFFLOAD_OPTIONS, *target, str(root / "hip" / source), "-o", "-"]
+    run = subprocess.run(command, capture_output=True, check=False)
     if run.returncode:
         raise CompileError(f"{source} for {arch} {dict(macros)}:\n{run.stderr.decode(errors='replace')}")
     return run.stdout

@@ -21,6 +21,7 @@ from support.reference_ops import Quantized, Sampling
 
 from loader.quant_types import QuantType
 from worker.arguments import Activation, MatmulArguments, Matrix, Step, SwigluArguments
+from worker.device.base import BlockRun
 from worker.kernel_set import PLANES, VECTOR_ROWS, attention_scratch_bytes, split_planes
 
 pytest.importorskip("elftools", reason="pyelftools is not installed")
@@ -161,9 +162,10 @@ def test_split_planes(
     gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Generator, quant_type: QuantType
 ) -> None:
     blocks = np.ascontiguousarray(random_blocks(rng, quant_type, (3, 3 * quant_type.block_elements), 1.0))
-    planes, part_bytes = Guarded(blocks.shape, np.uint8), 4 * quant_type.block_bytes
-    for part, first, count in ((blocks.ravel()[:part_bytes], 0, 4), (blocks.ravel()[part_bytes:], 4, 5)):
-        gpu.run(split_planes(quant_type, part.ctypes.data, count, planes.address, first, 9))
+    planes, first_bytes = Guarded(blocks.shape, np.uint8), 4 * quant_type.block_bytes
+    for part, start in ((blocks.ravel()[:first_bytes], 0), (blocks.ravel()[first_bytes:], first_bytes)):
+        run = BlockRun(quant_type, blocks.nbytes, start, part.nbytes)
+        gpu.run(split_planes(run, part.ctypes.data, planes.address))
     np.testing.assert_array_equal(planes.checked(), in_planes(blocks, quant_type))
     record(table, gpu, quant_type.name, 0.0, 0.0)
 
