@@ -37,6 +37,10 @@ class StepLost(Exception):
         self.timed_out = timed_out
 
 
+class StepRefused(Exception):
+    """The oldest step is not one that the stages can run; they are well, and so are the other steps."""
+
+
 class Stages(Protocol):
     """All stages of the model, as the engine sees them."""
 
@@ -44,7 +48,7 @@ class Stages(Protocol):
         """Send a step on its way. Raises StepLost."""
 
     def collect(self) -> StepResult:
-        """Wait for the oldest step. Raises StepLost."""
+        """Wait for the oldest step. Raises StepLost and StepRefused."""
 
     def restore(self, loss: StepLost) -> None:
         """Bring all stages back with empty caches. Raises PipelineError when that cannot be done."""
@@ -177,8 +181,20 @@ class Engine:
         return True
 
     def _admit(self, request: Request) -> None:
+        """Queue a request; one that cannot be a sequence fails alone, whatever is wrong with it."""
+        pending = Increment(request.request_id)
+        try:
+            text = TextStream(self._tokenizer, request.params.stop)
+            self._scheduler.add(self._sequence(request))
+            self._answers[request.request_id] = _Answer(request, text, time.monotonic(), pending)
+        except Exception as error:
+            logger.warning("request %s cannot be run", request.request_id, exc_info=True)
+            pending.error = f"the request cannot be run: {error}"
+            self._report([pending])
+
+    def _sequence(self, request: Request) -> Sequence:
         params = request.params
-        sequence = Sequence(
+        return Sequence(
             request.request_id,
             request.tokens,
             params,
@@ -188,13 +204,6 @@ class Engine:
             | (frozenset() if params.ignore_eos else self._tokenizer.eog_ids),
             wants_logits=request.wants_logits,
         )
-        text = TextStream(self._tokenizer, params.stop)
-        pending = Increment(request.request_id)
-        self._answers[request.request_id] = _Answer(request, text, time.monotonic(), pending)
-        try:
-            self._scheduler.add(sequence)
-        except ValueError as error:
-            self._fail(request.request_id, str(error))
 
     def _submit(self) -> None:
         """Send as many steps on their way as may be."""
@@ -216,7 +225,12 @@ class Engine:
         if not self._scheduler.in_flight:
             return []
         began = time.perf_counter()
-        result = self._stages.collect()
+        try:
+            result = self._stages.collect()
+        except StepRefused as refused:
+            for sequence in self._scheduler.refuse():
+                self._fail(sequence.request_id, f"a step of the request cannot be run: {refused}")
+            return []
         arrived = time.perf_counter()
         outputs = self._scheduler.complete(result)
         self.times.wait_s += arrived - began

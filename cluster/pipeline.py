@@ -14,9 +14,10 @@ from typing import Any
 import ray
 from ray.dag import InputNode
 
-from cluster.engine import StepLost
+from cluster.engine import StepLost, StepRefused
 from cluster.wire import decode_result, encode_batch
 from worker.step_batch import StepBatch, StepResult
+from worker.step_inputs import BatchError
 
 _CONNECT_S = 60.0
 
@@ -47,7 +48,12 @@ class Pipeline:
             self._in_flight.append(self._graph.execute(encode_batch(batch)))
 
     def collect(self) -> StepResult:
-        """Wait for the oldest step. Raises StepLost when a stage died, raised, or did not answer in time."""
+        """Wait for the oldest step.
+
+        Raises:
+            StepLost: a stage died, raised, or did not answer in time.
+            StepRefused: the step is not one that a stage can run.
+        """
         with _steps_get_lost():
             return decode_result(self._in_flight.popleft().get(timeout=self._deadline_s))
 
@@ -63,6 +69,8 @@ def _steps_get_lost() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, BatchError):
+            raise StepRefused(str(error.cause)) from error
         raise StepLost(f"a stage raised {type(error.cause).__name__}: {error.cause}") from error
     except ray.exceptions.RayChannelTimeoutError as error:
         raise StepLost("a stage did not answer in time", timed_out=True) from error

@@ -167,6 +167,9 @@ class Scheduler:
         Sequences that were aborted or preempted since are passed over.
         """
         chunks, sampled = self.in_flight.pop(result.step_id)
+        for chunk in chunks:
+            if chunk.epoch == chunk.sequence.epoch:
+                chunk.sequence.survive(chunk.end)
         if result.logits is not None:
             return self._complete_logits(chunks[0], result.logits)
         outputs: list[TokenOutput | LogitsOutput] = []
@@ -185,11 +188,19 @@ class Scheduler:
             outputs.append(TokenOutput(sequence, tokens[row], logprobs[row], top, reason))
         return outputs
 
+    def refuse(self) -> list[Sequence]:
+        """The oldest step cannot be run: drop the sequences that have tokens in it, and return them."""
+        chunks, _ = self.in_flight.pop(min(self.in_flight))
+        refused = [chunk.sequence for chunk in chunks if chunk.epoch == chunk.sequence.epoch]
+        for sequence in refused:
+            self.abort(sequence.request_id)
+        return refused
+
     def recompute_all(self) -> list[Sequence]:
         """Workers died: forget the steps in flight and the cache; what ran starts over from its tokens.
 
         Returns the sequences that are given up, because workers died over their steps `MAX_DEATHS` times
-        without a token in between.
+        without getting any further in between.
         """
         stuck = {
             chunk.sequence.request_id: chunk.sequence
@@ -391,7 +402,6 @@ class Scheduler:
         sequence = chunk.sequence
         if chunk.epoch != sequence.epoch:
             return []
-        sequence.n_deaths = 0
         finished = chunk.end == sequence.n_prompt
         if finished:
             self._finish(sequence)

@@ -21,7 +21,8 @@ class Sequence:
         slot: row of the scheduler's tables while running, else -1.
         epoch: goes up whenever the cache is given up, so that results of older steps are known as such.
         last_step: the latest step with tokens of this sequence; -1 before the first.
-        n_deaths: workers that died over this sequence's steps since its last token.
+        n_deaths: times that workers died over this sequence's steps since it got as far as `n_survived`.
+        n_survived: the most leading tokens whose steps are done.
     """
 
     __slots__ = (
@@ -33,6 +34,7 @@ class Sequence:
         "n_deaths",
         "n_dispatched",
         "n_prompt",
+        "n_survived",
         "params",
         "request_id",
         "row",
@@ -68,6 +70,7 @@ class Sequence:
         self.epoch = 0
         self.last_step = -1
         self.n_deaths = 0
+        self.n_survived = 0
 
     @property
     def n_pending(self) -> int:
@@ -79,10 +82,15 @@ class Sequence:
         """Tokens generated so far."""
         return len(self.tokens) - self.n_prompt
 
+    def survive(self, n_tokens: int) -> None:
+        """Note that the steps of that many leading tokens are done; deaths count anew once it is a record."""
+        if n_tokens > self.n_survived:
+            self.n_survived = n_tokens
+            self.n_deaths = 0
+
     def append(self, token: int) -> str | None:
         """Accept a generated token; the reason when it is the last one: "stop" or "length"."""
         self.tokens.append(token)
-        self.n_deaths = 0
         if self.params.penalizes:
             self.adjustments.count(token, generated=True)
         if token in self.stop_tokens:

@@ -59,9 +59,11 @@ class StageActor(GpuWorker):
         if not message:
             return message
         self._step_began = time.monotonic()
-        batch, hidden = decode_batch(message)
-        out = self.run(batch, hidden)
-        self._step_began = None
+        try:
+            batch, hidden = decode_batch(message)
+            out = self.run(batch, hidden)
+        finally:
+            self._step_began = None
         return encode_result(out) if isinstance(out, StepResult) else encode_batch(batch, out)
 
     def step_seconds(self) -> float:

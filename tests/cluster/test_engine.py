@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.fake_worker import N_VOCAB, FakeStage, generate, logits
 
-from cluster.engine import Engine, StepLost
+from cluster.engine import Engine, StepLost, StepRefused
 from cluster.errors import PipelineError
 from cluster.requests import Increment, Request
 from cluster.sampling_params import SamplingParams
@@ -49,6 +49,7 @@ class ToyStages:
     def __init__(self) -> None:
         self.fail_at: set[int] = set()  # numbers of collected steps that get lost
         self.poison: int | None = None  # a token that kills every step it is in
+        self.unusable: int | None = None  # a token that no stage takes
         self.hopeless = False
         self.restored = self.collected = 0
         self.slow = threading.Event()
@@ -68,6 +69,8 @@ class ToyStages:
         batch = self.steps.popleft()
         if self.collected in self.fail_at or self.poison in batch.token_ids:
             raise StepLost("a stage died")
+        if self.unusable in batch.token_ids:
+            raise StepRefused("no such token")
         result: np.ndarray | StepResult | None = None
         for stage in self.stages:
             result = stage.run(batch, result)
@@ -222,6 +225,39 @@ def test_a_request_that_kills_its_workers_is_given_up_alone(engine: Engine, stag
     assert stages.restored == MAX_DEATHS
     for name, (only,) in increments.items():
         assert only.token_ids == generate(prompts[name], 20, 2)
+
+
+def test_a_death_in_each_chunk_of_a_long_prompt_does_not_lose_it(engine: Engine, stages: ToyStages) -> None:
+    prompt = [7, 8, 9] * 33  # four chunks: each death comes one chunk later than the one before
+    stages.fail_at = {2, 5, 9}
+    engine.add([request("long", prompt)])
+    assert collect(engine, 1)["long"][0].token_ids == generate(prompt, 20, 2)
+    assert stages.restored == 3
+
+
+def test_a_long_prompt_that_kills_late_is_given_up_too(engine: Engine, stages: ToyStages) -> None:
+    stages.poison = 63
+    engine.add([request("bad", [1] * 90 + [63])])
+    assert f"{MAX_DEATHS} times" in collect(engine, 1)["bad"][0].error
+
+
+def test_a_step_that_no_stage_takes_fails_its_requests_alone(engine: Engine, stages: ToyStages) -> None:
+    stages.unusable = 63
+    engine.add([request("good", [1, 2], max_tokens=5)])
+    assert collect(engine, 1)["good"][0].error is None
+    engine.add([request("bad", [63, 1])])
+    assert "no such token" in collect(engine, 1)["bad"][0].error
+    engine.add([request("next", [1, 2], max_tokens=5)])
+    assert collect(engine, 1)["next"][0].token_ids == generate([1, 2], 5, 2)
+    assert stages.restored == 0
+
+
+def test_a_request_that_is_no_sequence_fails_alone(engine: Engine) -> None:
+    engine.add([Request("bad", [1], SamplingParams(), seed=-(2**70)), request("good", [1, 2])])
+    increments = collect(engine, 2)
+    assert "cannot be run" in increments["bad"][0].error
+    assert increments["good"][0].token_ids == generate([1, 2], 20, 2)
+    assert engine.state == "serving"
 
 
 def test_stages_that_cannot_be_restored_fail_every_request_clearly(engine: Engine, stages: ToyStages) -> None:
