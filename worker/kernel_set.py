@@ -30,12 +30,12 @@ from worker.kernel_images import image_key, read_image, source_root, write_image
 #: Row counts that `matmul_vector` and `swiglu_vector` are compiled for; other counts take the tile kernels.
 VECTOR_ROWS = (1, 2, 4, 8)
 
-_ROW_THREADS = 256  # rows.hip
+_ROW_THREADS = 1024  # rows.hip
 _ROPE_THREADS, _ROPE_ELEMENTS_PER_LANE = 256, 8  # rope_store.hip
 _VECTOR_THREADS, _WEIGHT_ROWS_PER_WAVE = 128, 2  # matmul_vector.hip
 _SWIGLU_THREADS, _SWIGLU_ROWS = 256, 32
 _TILE_THREADS, _TILE_ROWS = 256, 64  # matmul_tile.hip: rows of weights, 32 in swiglu_tile_64
-_ATTENTION_THREADS, _PARTITION, _HEADS_PER_GROUP = 128, 256, 8  # attention.hip
+_ATTENTION_THREADS, _ATTENTION_VECTOR_THREADS, _PARTITION, _HEADS_PER_GROUP = 128, 256, 128, 8  # attention.hip
 _PLANES_THREADS, _PLANES_GROUPS = 256, 1024  # planes.hip
 _SAMPLE_THREADS = 1024  # sample.hip
 
@@ -73,6 +73,8 @@ class Launch:
         kernel: function in it.
         grid: workgroups; threads: work-items of each.
         arguments: the block the kernel takes by value.
+        overlaps: the kernel waits by itself for the launch before it, so it may start earlier. Until then it
+            reads weights, which must have been there before that launch.
     """
 
     source: str
@@ -81,6 +83,7 @@ class Launch:
     threads: int
     arguments: ctypes.Structure
     macros: tuple[tuple[str, int], ...] = ()
+    overlaps: bool = True
 
     @property
     def unit(self) -> _Unit:
@@ -140,7 +143,7 @@ def split_planes(run: BlockRun, blocks: int, planes: int) -> Launch:
     )
     for i, field in enumerate(fields):
         arguments.field[i][:] = field
-    return Launch("planes", "split_planes", (arguments.n_groups, 1, 1), _PLANES_THREADS, arguments)
+    return Launch("planes", "split_planes", (arguments.n_groups, 1, 1), _PLANES_THREADS, arguments, overlaps=False)
 
 
 def attention_scratch_bytes(rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
@@ -217,19 +220,21 @@ def _attention(a: AttentionArguments, rows: int, wave_size: int) -> Iterable[Lau
     heads_per_kv = a.n_heads // a.n_kv_heads
     macros = (("HEAD_DIM", a.head_dim), ("VALUE_DIM", a.value_dim), ("HEADS_PER_KV", heads_per_kv))
 
-    def launch(kernel: str, *grid: int) -> Launch:
-        return Launch("attention", kernel, (*grid, 1, 1)[:3], _ATTENTION_THREADS, a, macros)  # type: ignore[arg-type]
+    def launch(kernel: str, threads: int, *grid: int) -> Launch:
+        return Launch("attention", kernel, (*grid, 1, 1)[:3], threads, a, macros)  # type: ignore[arg-type]
 
     groups = a.n_kv_heads * _groups(heads_per_kv, _HEADS_PER_GROUP)
-    yield launch("attention_vector", rows, groups, _groups(a.table_width * a.block_size, _PARTITION))
+    partitions = _groups(a.table_width * a.block_size, _PARTITION)
+    yield launch("attention_vector", _ATTENTION_VECTOR_THREADS, rows, groups, partitions)
     if rows > 1:
         # A run of queries is a sequence's, and has at least two: no step of these rows has more runs.
-        yield launch("attention_tile", rows // 2, a.n_heads)
-    yield launch("attention_combine", rows, _groups(a.n_heads * a.value_dim, _ATTENTION_THREADS))
+        yield launch("attention_tile", _ATTENTION_THREADS, rows // 2, a.n_heads)
+    columns = _groups(a.n_heads * a.value_dim, _ATTENTION_THREADS)
+    yield launch("attention_combine", _ATTENTION_THREADS, rows, columns)
 
 
 def _sample(a: SampleArguments, rows: int, wave_size: int) -> Iterable[Launch]:
-    yield Launch("sample", "sample", (rows, 1, 1), _SAMPLE_THREADS, a)
+    yield Launch("sample", "sample", (rows, 1, 1), _SAMPLE_THREADS, a, overlaps=False)
 
 
 _PLANS: dict[str, Callable[..., Iterable[Launch]]] = {

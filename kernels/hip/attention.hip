@@ -10,7 +10,10 @@
 
 constexpr i32 ATTENTION_THREADS = 128;
 constexpr i32 ATTENTION_WAVES = ATTENTION_THREADS / WAVE;
-constexpr i32 PARTITION = 256;         // positions a workgroup of attention_vector takes
+constexpr i32 VECTOR_THREADS = 256;    // of attention_vector
+constexpr i32 VECTOR_WAVES = VECTOR_THREADS / WAVE;
+constexpr i32 AT_ONCE = 4;             // rows a lane loads before it uses the first
+constexpr i32 PARTITION = 128;         // positions a workgroup of attention_vector takes
 constexpr i32 GROUP = HEADS_PER_KV < 8 ? HEADS_PER_KV : 8;   // query heads of one cache head that share a workgroup
 constexpr i32 GROUPS_PER_KV = (HEADS_PER_KV + GROUP - 1) / GROUP;
 constexpr i32 LANES = 16;              // lanes that read one row of keys or values, 8 elements each at a time
@@ -42,9 +45,10 @@ DEVICE inline float* partial_result(const AttentionArguments& a, i32 sequence, i
 }
 
 // Grid: tokens x (cache heads x groups of up to 8 query heads) x partitions.
-KERNEL(attention_vector, ATTENTION_THREADS)(const AttentionArguments a) {
+STREAM_KERNEL(attention_vector, VECTOR_THREADS, 512)(const AttentionArguments a) {
   SHARED float score[GROUP][PARTITION];
-  SHARED float weighted[ATTENTION_WAVES][GROUP][LANES * 8];
+  SHARED float weighted[VECTOR_WAVES][GROUP][LANES * 8];
+  wait_for_previous_launch();
   const i32 t = group_x(), partition = group_z();
   if (t >= a.step->n_tokens) return;
   const i32 sequence = a.sequences[t], end = a.positions[t] + 1, start = partition * PARTITION;
@@ -55,7 +59,7 @@ KERNEL(attention_vector, ATTENTION_THREADS)(const AttentionArguments a) {
   const i32 first_head = kv_head * HEADS_PER_KV + first_in_kv;
   const i32* table = a.block_tables + (i64)sequence * a.table_width;
   const i32 part_lane = lane_index() % LANES, row_of_wave = lane_index() / LANES;
-  constexpr i32 ROWS = ATTENTION_THREADS / LANES;   // rows the workgroup reads at a time
+  constexpr i32 ROWS = VECTOR_THREADS / LANES;   // rows the workgroup reads at a time
   const i32 first_row = wave_index() * (WAVE / LANES) + row_of_wave;
 
   // Scores: 16 lanes a key.
@@ -69,35 +73,44 @@ KERNEL(attention_vector, ATTENTION_THREADS)(const AttentionArguments a) {
         const i32 k = (p * LANES + part_lane) * 8 + i;
         q[h][p * 8 + i] = h < n_heads && k < HEAD_DIM ? a.q[((i64)t * a.n_heads + first_head + h) * HEAD_DIM + k] * a.scale : 0.0f;
       }
-  for (i32 row = first_row; row < (count + ROWS - 1) / ROWS * ROWS; row += ROWS) {
-    float sum[GROUP];
+  for (i32 start_row = 0; start_row < count; start_row += AT_ONCE * ROWS) {
+    // Rows past the end repeat the last one, and count nothing.
+    EightHalves eight[AT_ONCE][KEY_PARTS];
 #pragma unroll
-    for (i32 h = 0; h < GROUP; h++) sum[h] = 0.0f;
-    if (row < count) {
-      const f16_bits* key = a.k_cache + cache_row(a, table, start + row, kv_head) * HEAD_DIM;
+    for (i32 n = 0; n < AT_ONCE; n++) {
+      const i64 row = cache_row(a, table, start + least(start_row + n * ROWS + first_row, count - 1), kv_head);
+      if (part_lane * 8 < VALUE_DIM) prefetch(a.v_cache + row * VALUE_DIM + part_lane * 8);
 #pragma unroll
       for (i32 p = 0; p < KEY_PARTS; p++) {
-        const i32 k = (p * LANES + part_lane) * 8;
-        if (k >= HEAD_DIM) continue;
-        const EightHalves eight = *(const EightHalves*)(key + k);
-#pragma unroll
-        for (i32 i = 0; i < 8; i++) {
-          const float value = half_to_float(eight.half[i]);
-#pragma unroll
-          for (i32 h = 0; h < GROUP; h++) sum[h] += q[h][p * 8 + i] * value;
-        }
+        const i32 k = least((p * LANES + part_lane) * 8, HEAD_DIM - 8);   // queries are zero past the end of a head
+        eight[n][p] = *(const EightHalves*)(a.k_cache + row * HEAD_DIM + k);
       }
     }
 #pragma unroll
-    for (i32 h = 0; h < GROUP; h++) {
-      sum[h] = wave_sum<LANES>(sum[h]);
-      if (part_lane == h && row < count) score[h][row] = sum[h];
+    for (i32 n = 0; n < AT_ONCE; n++) {
+      const i32 row = start_row + n * ROWS + first_row;
+      float sum[GROUP];
+#pragma unroll
+      for (i32 h = 0; h < GROUP; h++) sum[h] = 0.0f;
+#pragma unroll
+      for (i32 p = 0; p < KEY_PARTS; p++)
+#pragma unroll
+        for (i32 i = 0; i < 8; i++) {
+          const float value = half_to_float(eight[n][p].half[i]);
+#pragma unroll
+          for (i32 h = 0; h < GROUP; h++) sum[h] += q[h][p * 8 + i] * value;
+        }
+#pragma unroll
+      for (i32 h = 0; h < GROUP; h++) {
+        sum[h] = wave_sum<LANES>(sum[h]);
+        if (part_lane == h && row < count) score[h][row] = sum[h];
+      }
     }
   }
   barrier();
 
   // Exponentials against the partition's largest score, a wave a head.
-  for (i32 h = wave_index(); h < n_heads; h += ATTENTION_WAVES) {
+  for (i32 h = wave_index(); h < n_heads; h += VECTOR_WAVES) {
     float largest = LOWEST;
     for (i32 row = lane_index(); row < count; row += WAVE) largest = score[h][row] > largest ? score[h][row] : largest;
     largest = wave_max(largest);
@@ -124,16 +137,27 @@ KERNEL(attention_vector, ATTENTION_THREADS)(const AttentionArguments a) {
     for (i32 h = 0; h < GROUP; h++)
 #pragma unroll
       for (i32 i = 0; i < 8; i++) sum[h][i] = 0.0f;
-    if (k < VALUE_DIM)
-      for (i32 row = first_row; row < count; row += ROWS) {
-        const EightHalves eight = *(const EightHalves*)(a.v_cache + cache_row(a, table, start + row, kv_head) * VALUE_DIM + k);
+    for (i32 start_row = 0; start_row < count; start_row += AT_ONCE * ROWS) {
+      EightHalves eight[AT_ONCE];
+#pragma unroll
+      for (i32 n = 0; n < AT_ONCE; n++) {
+        const i64 row = cache_row(a, table, start + least(start_row + n * ROWS + first_row, count - 1), kv_head);
+        eight[n] = *(const EightHalves*)(a.v_cache + row * VALUE_DIM + least(k, VALUE_DIM - 8));
+      }
+#pragma unroll
+      for (i32 n = 0; n < AT_ONCE; n++) {
+        const i32 row = start_row + n * ROWS + first_row;
+        float weight[GROUP];
+#pragma unroll
+        for (i32 h = 0; h < GROUP; h++) weight[h] = h < n_heads && row < count ? score[h][row] : 0.0f;
 #pragma unroll
         for (i32 i = 0; i < 8; i++) {
-          const float value = half_to_float(eight.half[i]);
+          const float value = half_to_float(eight[n].half[i]);
 #pragma unroll
-          for (i32 h = 0; h < GROUP; h++) sum[h][i] += h < n_heads ? score[h][row] * value : 0.0f;
+          for (i32 h = 0; h < GROUP; h++) sum[h][i] += weight[h] * value;
         }
       }
+    }
 #pragma unroll
     for (i32 h = 0; h < GROUP; h++)
 #pragma unroll
@@ -143,11 +167,11 @@ KERNEL(attention_vector, ATTENTION_THREADS)(const AttentionArguments a) {
         if (row_of_wave == 0) weighted[wave_index()][h][part_lane * 8 + i] = sum[h][i];
       }
     barrier();
-    for (i32 i = thread_index(); i < n_heads * LANES * 8; i += ATTENTION_THREADS) {
+    for (i32 i = thread_index(); i < n_heads * LANES * 8; i += VECTOR_THREADS) {
       const i32 h = i / (LANES * 8), column = i % (LANES * 8);
       float total = 0.0f;
 #pragma unroll
-      for (i32 w = 0; w < ATTENTION_WAVES; w++) total += weighted[w][h][column];
+      for (i32 w = 0; w < VECTOR_WAVES; w++) total += weighted[w][h][column];
       if (p * LANES * 8 + column < VALUE_DIM) partial_result(a, sequence, first_head + h, partition)[2 + p * LANES * 8 + column] = total;
     }
     barrier();
@@ -156,6 +180,7 @@ KERNEL(attention_vector, ATTENTION_THREADS)(const AttentionArguments a) {
 
 // Joins the partitions in order. Grid: tokens x runs of columns; 32 lanes hold a block of the quantized result.
 KERNEL(attention_combine, ATTENTION_THREADS)(const AttentionArguments a) {
+  wait_for_previous_launch();
   const i32 t = group_x();
   if (t >= a.step->n_tokens) return;
   const i32 sequence = a.sequences[t], width = a.n_heads * VALUE_DIM;
@@ -166,7 +191,9 @@ KERNEL(attention_combine, ATTENTION_THREADS)(const AttentionArguments a) {
     value = tile_result(a, t, head)[k];
   } else if (column < width) {
     float largest = LOWEST, sum = 0.0f;
-    for (i32 p = 0; p <= a.positions[t] / PARTITION; p++) {
+    const i32 end = a.positions[t] / PARTITION + 1;
+#pragma unroll 4
+    for (i32 p = 0; p < end; p++) {
       const float* part = partial_result(a, sequence, head, p);
       const float next = part[0] > largest ? part[0] : largest;
       const float keep = exp_fast(largest - next), take = exp_fast(part[0] - next);
@@ -215,6 +242,7 @@ KERNEL(attention_tile, ATTENTION_THREADS)(const AttentionArguments a) {
   SHARED f16_bits weight[ATTENTION_WAVES][16 * VALUE_STRIDE];
   SHARED float rescale[ATTENTION_WAVES][16];
 
+  wait_for_previous_launch();
   const QueryTile tile = query_tile(a, group_x());
   if (tile.count == 0) return;
   const i32 head = group_y(), kv_head = head / HEADS_PER_KV, wave = wave_index();

@@ -19,6 +19,7 @@ struct Chunk {
 
 // Per format: how many elements one lane takes, whether there is a minimum, how to load chunk number `chunk` of a row, and
 // where in the row group g of that chunk begins. Chunks come in order: those of 128 neighbouring elements stand together.
+// `leading_bytes` is what a row takes of the first plane.
 template <i32 type> struct Format;
 
 DEVICE inline const u8* bytes_of(const Matrix& w) { return (const u8*)w.data; }
@@ -33,6 +34,7 @@ DEVICE inline i32 minus_32(u32 bytes) { return (i32)(((bytes | 0x80808080u) - 0x
 template <> struct Format<TYPE_Q8_0> {
   static constexpr i32 ELEMENTS = 16;
   static constexpr bool MINIMUM = false;
+  DEVICE_MEMBER i64 leading_bytes(i32 width) { return width; }
   DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk * 16 + g * 16; }
   using Loaded = Chunk<1>;
   DEVICE_MEMBER Chunk<1> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
@@ -50,6 +52,7 @@ template <> struct Format<TYPE_Q8_0> {
 template <> struct Format<TYPE_Q4_0> {
   static constexpr i32 ELEMENTS = 32;
   static constexpr bool MINIMUM = true;
+  DEVICE_MEMBER i64 leading_bytes(i32 width) { return width / 2; }
   DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk * 32 + g * 16; }
   using Loaded = Chunk<2>;
   DEVICE_MEMBER Chunk<2> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
@@ -69,12 +72,12 @@ template <> struct Format<TYPE_Q4_0> {
   }
 };
 
-// Scale and minimum number j of the eight that a Q4_K block packs into 12 bytes, 6 bits each.
-DEVICE inline void unpack_scale_minimum(const u32 (&packed)[3], i32 j, i32& scale, i32& minimum) {
-  const i32 shift = 8 * (j % 4);
+// Scales and minima number 2 * pair and the next, of the eight that a Q4_K block packs into 12 bytes, 6 bits each; one a byte.
+DEVICE inline void unpack_scales_minima(const u32 (&packed)[3], i32 pair, u32& scales, u32& minima) {
+  const i32 shift = 16 * (pair % 2);
   const u32 low = packed[0] >> shift, mid = packed[1] >> shift, high = packed[2] >> shift;
-  scale = j < 4 ? low & 63 : (high & 15) | ((low >> 2) & 48);
-  minimum = j < 4 ? mid & 63 : ((high >> 4) & 15) | ((mid >> 2) & 48);
+  scales = pair < 2 ? low & 0x3f3fu : (high & 0x0f0fu) | ((low >> 2) & 0x3030u);
+  minima = pair < 2 ? mid & 0x3f3fu : ((high >> 4) & 0x0f0fu) | ((mid >> 2) & 0x3030u);
 }
 
 // Block of 256: d, dmin (float16), 12 bytes of scales and minima, 128 bytes of quants; 32 bytes hold the low nibbles of
@@ -82,6 +85,7 @@ DEVICE inline void unpack_scale_minimum(const u32 (&packed)[3], i32 j, i32& scal
 template <> struct Format<TYPE_Q4_K> {
   static constexpr i32 ELEMENTS = 32;
   static constexpr bool MINIMUM = true;
+  DEVICE_MEMBER i64 leading_bytes(i32 width) { return width / 256 * 144; }
   DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk / 2 * 64 + g * 32 + chunk % 2 * 16; }
   using Loaded = Chunk<2>;
   DEVICE_MEMBER Chunk<2> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
@@ -91,15 +95,15 @@ template <> struct Format<TYPE_Q4_K> {
     const Words4 q = load16(block + 16 + pair * 32 + half * 16);
     const float d = half_to_float((f16_bits)head.word[0]), dmin = half_to_float((f16_bits)(head.word[0] >> 16));
     const u32 packed[3] = {head.word[1], head.word[2], head.word[3]};
+    u32 scales, minima;
+    unpack_scales_minima(packed, pair, scales, minima);
     Chunk<2> c;
 #pragma unroll
     for (i32 g = 0; g < 2; g++) {
-      i32 scale, minimum;
-      unpack_scale_minimum(packed, 2 * pair + g, scale, minimum);
 #pragma unroll
       for (i32 i = 0; i < 4; i++) c.word[g][i] = (i32)((q.word[i] >> (4 * g)) & 0x0f0f0f0fu);
-      c.scale[g] = d * (float)scale;
-      c.minimum[g] = dmin * (float)-minimum;
+      c.scale[g] = d * (float)((scales >> (8 * g)) & 63);
+      c.minimum[g] = -dmin * (float)((minima >> (8 * g)) & 63);
     }
     return c;
   }
@@ -110,6 +114,7 @@ template <> struct Format<TYPE_Q4_K> {
 template <> struct Format<TYPE_Q6_K> {
   static constexpr i32 ELEMENTS = 64;
   static constexpr bool MINIMUM = false;
+  DEVICE_MEMBER i64 leading_bytes(i32 width) { return width / 2; }
   DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk / 2 * 128 + g * 32 + chunk % 2 * 16; }
   using Loaded = Chunk<4>;
   DEVICE_MEMBER Chunk<4> load(const Matrix& w, i32 width, i32 row, i32 chunk) {

@@ -170,6 +170,7 @@ template <i32 type, i32 TOKENS, i32 ROWS>
 DEVICE inline void matmul_tile(const MatmulArguments& a) {
   SHARED f16_bits staged_x[TOKENS * STRIDE];
   SHARED f16_bits staged_w[ROWS * STRIDE];
+  wait_for_previous_launch();
   const i32 n = a.over_outputs ? a.step->n_outputs : a.step->n_tokens;
   const i32 first_token = group_y() * TOKENS;
   if (first_token >= n) return;
@@ -214,6 +215,7 @@ DEVICE inline void matmul_tile(const MatmulArguments& a) {
 template <i32 type, i32 TOKENS, i32 ROWS>
 DEVICE inline void swiglu_tile(const SwigluArguments& a) {
   SHARED f16_bits staged[(TOKENS + 2 * ROWS) * STRIDE];
+  wait_for_previous_launch();
   f16_bits *staged_x = staged, *staged_gate = staged + TOKENS * STRIDE, *staged_up = staged_gate + ROWS * STRIDE;
   const i32 n = a.step->n_tokens, n_rows = a.gate.n_rows;
   const i32 first_token = group_y() * TOKENS, first_row = group_x() * ROWS;

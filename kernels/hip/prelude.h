@@ -3,6 +3,9 @@
 //
 // Every target's prelude defines
 //   KERNEL(name, threads)     declares an extern "C" kernel with workgroups of at most `threads` work-items
+//   STREAM_KERNEL(name, threads, resident)
+//                             the same for kernels that live off loads in flight: the compiler may take as many registers
+//                             as leave room for `resident` work-items on a compute unit
 //   DEVICE                    marks a function that runs on the device (DEVICE_METHOD and DEVICE_MEMBER: a
 //                             method and a static member function)
 //   SHARED                    marks a variable in local data share / shared memory, 16-byte aligned
@@ -10,6 +13,9 @@
 //   thread_index() group_x() group_y() group_z() groups_x()
 //   barrier()                 of the workgroup; orders SHARED accesses
 //   wave_barrier()            of the wave; orders its lanes' accesses to memory
+//   wait_for_previous_launch()  the first thing a kernel with Launch.overlaps does, in every work-item: it may have started
+//                             while the launch before it still runs, and until here may touch nothing but weights
+//   prefetch(p)               asks for the 128 bytes around p, which will be read soon
 //   lane_read(v, lane)        a lane's value of v, for 32-bit v, all lanes active
 //   uniform(v)                v, which is the same in all lanes, kept once a wave where the hardware can
 //   atomic_add(p, v)          adds v to the integer *p, which is SHARED, and returns what was there

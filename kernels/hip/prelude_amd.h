@@ -9,6 +9,7 @@
 #define SHARED __attribute__((shared, aligned(16)))
 #define KERNEL(name, threads) \
   extern "C" __attribute__((global, amdgpu_flat_work_group_size(1, threads))) void name
+#define STREAM_KERNEL(name, threads, resident) KERNEL(name, threads)
 
 // By family: since ROCm 7.2 the compiler no longer says it (the macro __AMDGCN_WAVEFRONT_SIZE__ is gone).
 #if defined(__GFX9__)

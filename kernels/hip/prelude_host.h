@@ -10,6 +10,7 @@
 // All work-items of a workgroup run on one thread, so one copy a thread is one copy a workgroup.
 #define SHARED alignas(16) static thread_local
 #define KERNEL(name, threads) extern "C" void name
+#define STREAM_KERNEL(name, threads, resident) KERNEL(name, threads)
 
 #ifndef HOST_WAVE
 #define HOST_WAVE 32
@@ -30,6 +31,9 @@ static inline i32 group_y() { return current_fiber->group[1]; }
 static inline i32 group_z() { return current_fiber->group[2]; }
 static inline void barrier() { fiber_barrier(); }
 static inline void wave_barrier() { fiber_wave_barrier(); }
+static inline void wait_for_previous_launch() {}   // launches here do not overlap
+static inline void prefetch(const void*) {}
+
 static inline i32 lane_read(i32 v, i32 lane) { return fiber_lane_read(v, lane); }
 
 static inline i32 uniform(i32 v) { return v; }

@@ -7,6 +7,7 @@
 #define DEVICE_MEMBER __device__ static
 #define SHARED __shared__ __align__(16)
 #define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
+#define STREAM_KERNEL(name, threads, resident) extern "C" __global__ void __launch_bounds__(threads, (resident) / (threads)) name
 
 constexpr i32 WAVE = 32;
 
@@ -18,6 +19,14 @@ DEVICE inline i32 group_z() { return (i32)blockIdx.z; }
 DEVICE inline void barrier() { __syncthreads(); }
 
 DEVICE inline void wave_barrier() { __syncwarp(); }
+
+// Programmatic dependent launch: the next launch may start now, as far as there is room, and this one waits for the last.
+DEVICE inline void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 DEVICE inline i32 lane_read(i32 v, i32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 

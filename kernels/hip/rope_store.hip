@@ -27,6 +27,7 @@ DEVICE inline float rotated(const RopeStoreArguments& a, const float* head, cons
 // whole before it is changed in place, so it may have at most WAVE * HELD elements.
 KERNEL(rope_store, ROPE_THREADS)(const RopeStoreArguments a) {
   constexpr i32 HELD = 8;
+  wait_for_previous_launch();
   const i32 t = group_x();
   const i32 head = group_y() * (ROPE_THREADS / WAVE) + wave_index();
   if (t >= a.step->n_tokens || head >= a.n_heads + 2 * a.n_kv_heads) return;

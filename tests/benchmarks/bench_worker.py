@@ -17,6 +17,7 @@ import numpy as np
 
 from loader.gguf_file import GGUFFile
 from loader.model_config import ModelConfig
+from worker.device.base import Device
 from worker.device.choose import open_device
 from worker.forward import StagePart
 from worker.step_batch import SAMPLING_ROW_DTYPE, StepBatch
@@ -29,7 +30,7 @@ BLOCK = 32
 class Bench:
     """A whole model on one worker, and sequences whose caches lie in blocks of their own."""
 
-    def __init__(self, path: Path, device: str, max_sequences: int, context: int, prompt: int) -> None:
+    def __init__(self, path: Path, device: Device, max_sequences: int, context: int, prompt: int) -> None:
         with GGUFFile.open(path) as file:
             self.config = ModelConfig.from_gguf(file)
         self.blocks_each = -(-context // BLOCK)
@@ -41,7 +42,7 @@ class Bench:
             n_kv_blocks=self.blocks_each * max_sequences,
             block_size=BLOCK,
         )
-        self.worker = Worker(open_device(device))
+        self.worker = Worker(device)
         part = StagePart(range(self.config.n_layers), is_first=True, is_last=True)
         self.stats = self.worker.load(path, part, limits)
         self._rng = np.random.default_rng(0)
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     options = parser.parse_args()
 
-    bench = Bench(options.model, options.device, max(options.batches), options.prompt + 512, options.prompt)
+    bench = Bench(options.model, open_device(options.device), max(options.batches), options.prompt + 512, options.prompt)
     prompts = [bench.step(1, options.prompt, 0) for _ in range(5)]
     report = {
         "model": options.model.stem,

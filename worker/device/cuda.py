@@ -13,6 +13,7 @@ from cuda.bindings import driver, nvrtc
 
 from worker.device.base import DeviceError, DeviceProperties
 from worker.device.gpu import Direction, Driver, GpuDevice
+from worker.kernel_set import Launch
 
 _HINTS = {
     "CUDA_ERROR_OUT_OF_MEMORY": "use a shorter context, a smaller cache or more GPUs",
@@ -60,6 +61,14 @@ class CudaDevice(GpuDevice):
         super().__init__(CudaDriver(ordinal))
 
 
+def _overlapping() -> driver.CUlaunchAttribute:
+    """Programmatic dependent launch: see `Launch.overlaps`."""
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
 class CudaDriver(Driver):
     """CUDA driver calls for one GPU, in its primary context."""
 
@@ -86,6 +95,7 @@ class CudaDriver(Driver):
             features=frozenset({"mma"}),
         )
         self.name = f"GPU {ordinal} ({self.properties.name}, {self.properties.arch})"
+        self._can_overlap = major >= 9
         self._stream = self.call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
         compiler = self.call(nvrtc.nvrtcVersion)
         self.target = f"cuda {self.properties.arch} nvrtc {compiler}"
@@ -179,20 +189,15 @@ class CudaDriver(Driver):
     def function(self, module: Any, name: str) -> Any:
         return self.call(driver.cuModuleGetFunction, module, name.encode(), what=name)
 
-    def launch(self, function: Any, grid: tuple[int, int, int], threads: int, parameters: Any) -> None:
-        self.call(
-            driver.cuLaunchKernel,
-            function,
-            *grid,
-            threads,
-            1,
-            1,
-            0,
-            self._stream,
-            ctypes.addressof(parameters),
-            0,
-            what=f"{grid} workgroups of {threads}",
-        )
+    def launch(self, function: Any, launch: Launch, parameters: Any) -> None:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+        config.hStream = self._stream
+        if launch.overlaps and self._can_overlap:
+            config.attrs, config.numAttrs = [_overlapping()], 1
+        what = f"{launch.kernel}, {launch.grid} workgroups of {launch.threads}"
+        self.call(driver.cuLaunchKernelEx, config, function, ctypes.addressof(parameters), 0, what=what)
 
     def share(self, address: int) -> bytes:
         handle = self.call(driver.cuIpcGetMemHandle, address, what=f"{address:#x}")

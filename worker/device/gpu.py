@@ -165,7 +165,7 @@ class Driver(ABC):
         """A kernel of a module."""
 
     @abstractmethod
-    def launch(self, function: Any, grid: tuple[int, int, int], threads: int, parameters: Any) -> None:
+    def launch(self, function: Any, launch: Launch, parameters: Any) -> None:
         """Launch on the stream; `parameters` is a ctypes array of the addresses of the parameters."""
 
     @abstractmethod
@@ -405,7 +405,7 @@ class GpuDevice(Device):
             call()
             return
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))
-        self.driver.launch(self._kernels.function(call), call.grid, call.threads, parameters)
+        self.driver.launch(self._kernels.function(call), call, parameters)
 
 
 def _check_range(call: str, buffer: HostBuffer, nbytes: int, offset: int) -> None:

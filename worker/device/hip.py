@@ -13,6 +13,7 @@ from hip import hip, hiprtc
 
 from worker.device.base import DeviceError, DeviceProperties
 from worker.device.gpu import Direction, Driver, GpuDevice
+from worker.kernel_set import Launch
 
 _HINTS = {
     "hipErrorOutOfMemory": "use a shorter context, a smaller cache or more GPUs",
@@ -182,19 +183,19 @@ class HipDriver(Driver):
     def function(self, module: Any, name: str) -> Any:
         return self.call(hip.hipModuleGetFunction, module, name.encode(), what=name)
 
-    def launch(self, function: Any, grid: tuple[int, int, int], threads: int, parameters: Any) -> None:
+    def launch(self, function: Any, launch: Launch, parameters: Any) -> None:
         self.call(
             hip.hipModuleLaunchKernel,
             function,
-            *grid,
-            threads,
+            *launch.grid,
+            launch.threads,
             1,
             1,
             0,
             self._stream,
             parameters,
             None,
-            what=f"{grid} workgroups of {threads}",
+            what=f"{launch.kernel}, {launch.grid} workgroups of {launch.threads}",
         )
 
     def share(self, address: int) -> bytes:
