@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Literal
 
 from worker.device.base import Device, DeviceError
 from worker.device.cpu import CpuDevice
+
+logger = logging.getLogger(__name__)
 
 DeviceKind = Literal["auto", "cpu", "hip", "cuda"]
 
@@ -55,7 +58,8 @@ def _has_hip() -> bool:
         from worker.device.hip import hip_device_count
 
         return hip_device_count() > 0
-    except (ImportError, DeviceError):
+    except (ImportError, DeviceError) as reason:
+        logger.info("no AMD GPU: %s", reason)
         return False
 
 
@@ -64,7 +68,8 @@ def _has_cuda() -> bool:
         from worker.device.cuda import cuda_device_count
 
         return cuda_device_count() > 0
-    except (ImportError, DeviceError):
+    except (ImportError, DeviceError) as reason:
+        logger.info("no NVIDIA GPU: %s", reason)
         return False
 
 
