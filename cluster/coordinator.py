@@ -10,9 +10,9 @@ from cluster.engine import Engine
 from cluster.errors import ModelError, PipelineError
 from cluster.requests import Increment, Request
 from cluster.scheduler import Scheduler, SchedulerLimits
-from cluster.stage_actor import StageActor
+from cluster.stage_actor import DeviceReport, StageActor
 from cluster.worker_group import LoadOrder, WorkerGroup
-from loader.gguf_file import GGUFFile
+from loader.gguf_file import GGUFFile, TensorInfo
 from loader.model_config import ModelConfig, ModelTensors
 from loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, plan_shards
 from loader.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ from worker.forward import StagePart
 from worker.kv_cache import DEFAULT_BLOCK_SIZE
 from worker.stage import HandoffType
 from worker.step_inputs import StepLimits
+from worker.weight_types import WeightTypeError, check_weight_types
 from worker.worker import WorkerStats
 
 #: Rows of one step whose logits are wanted, at least; a request for logits gets that many at once.
@@ -143,6 +144,7 @@ class Coordinator:
                 config = ModelConfig.from_gguf(file)
                 size = ModelSize.of(config, ModelTensors(config, file))
                 tokenizer = Tokenizer.from_metadata(file.metadata)
+                stored = list(file.tensors.values())
         except (ValueError, OSError) as error:
             raise ModelError(str(error)) from error
         group = WorkerGroup(
@@ -153,6 +155,7 @@ class Coordinator:
             self._actor_class,
         )
         self._group = group
+        _check_types(stored, group.reports)
         shares = [
             int(memory * (_CPU_SHARE if report.kind == "cpu" else _GPU_SHARE))
             for memory, report in zip(group.stage_memory(), group.reports, strict=True)
@@ -174,6 +177,15 @@ class Coordinator:
         if self._engine is None:
             raise PipelineError("the model is not loaded yet")
         return self._engine
+
+
+def _check_types(stored: list[TensorInfo], reports: list[DeviceReport]) -> None:
+    """Raise ModelError if a device has no kernel for some tensor."""
+    try:
+        for report in reports:
+            check_weight_types(stored, report.kind)
+    except WeightTypeError as error:
+        raise ModelError(str(error)) from error
 
 
 def plan_with_cache(

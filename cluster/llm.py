@@ -8,9 +8,10 @@ import secrets
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import ray
@@ -19,21 +20,25 @@ from cluster.client_session import ClientSession, ask, end_coordinator
 from cluster.completion import ChunkStream, Completion, CompletionChunk, completion
 from cluster.coordinator import Coordinator, PipelineInfo, PipelineSettings
 from cluster.errors import ModelError, ParameterError, RequestError
-from cluster.prompts import Prompt, PromptEncoder, as_list, params_of_each
+from cluster.prompts import Prompt, PromptEncoder, as_list, check_token_ids, params_of_each
 from cluster.ray_session import RaySession, connect, disconnect
 from cluster.requests import Increment, Request
 from cluster.sampling_params import SamplingParams
 from cluster.stage_actor import StageActor
 from loader.chat import ChatTemplate, ChatTemplateError
 from loader.gguf_file import GGUFFile
-from loader.model_config import ModelConfig
+from loader.model_config import ModelConfig, ModelTensors
 from loader.model_path import find_model
 from loader.tokenizer import Tokenizer
 from worker.configuration import WorkerConfiguration
+from worker.device.choose import DeviceKind
+from worker.stage import HandoffType
+from worker.weight_types import check_weight_types
 
 DEFAULT_STEP_TOKENS = 512
+#: What a worker's buffers may be asked to hold.
+MAX_SEQUENCES, MAX_STEP_TOKENS, MAX_CACHE_TOKENS = 4096, 1 << 16, 1 << 40
 
-Device = Literal["auto", "cpu", "hip", "cuda"]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 #: Called with (bytes loaded, bytes in total) of all workers together.
@@ -83,37 +88,40 @@ class LLM:
         model: str | Path,
         *,
         stages: int = 1,
-        device: Device = "auto",
+        device: DeviceKind = "auto",
         max_context: int | None = None,
         max_sequences: int = 16,
         max_step_tokens: int | None = None,
         cache_tokens: int | None = None,
-        handoff_dtype: Literal["float32", "float16"] = "float32",
+        handoff_dtype: HandoffType = "float32",
         worker: WorkerConfiguration | None = None,
         on_progress: OnProgress | None = None,
         stage_class: type[StageActor] = StageActor,
     ) -> None:
-        path, self.config, self.tokenizer, chat = _open(model)
+        _check_choices(model, device, handoff_dtype, worker)
+        path, self.config, self.tokenizer, chat = _open(model, device)
+        n_stages = _whole_number("stages", stages, 1, self.config.n_layers + 2)
+        max_sequences = _whole_number("max_sequences", max_sequences, 1, MAX_SEQUENCES)
+        if max_context is None:
+            max_context = self.config.default_context
+        if max_step_tokens is None:
+            max_step_tokens = max(DEFAULT_STEP_TOKENS // n_stages, 2 * max_sequences, 128)
+        if cache_tokens is not None:
+            cache_tokens = _whole_number("cache_tokens", cache_tokens, 1, MAX_CACHE_TOKENS)
         settings = PipelineSettings(
             path=str(path),
-            n_stages=_in_range("stages", stages, 1, self.config.n_layers + 2),
+            n_stages=n_stages,
             kind=device,
-            max_context=_in_range(
-                "max_context",
-                max_context or self.config.default_context,
-                2,
-                self.config.context_length,
+            max_context=_whole_number("max_context", max_context, 2, self.config.context_length),
+            max_sequences=max_sequences,
+            # More than sequences, or prompts would never get on beside those that generate.
+            max_step_tokens=_whole_number(
+                "max_step_tokens", max_step_tokens, max_sequences + 1, MAX_STEP_TOKENS
             ),
-            max_sequences=_in_range("max_sequences", max_sequences, 1, 4096),
-            max_step_tokens=max_step_tokens or max(DEFAULT_STEP_TOKENS // stages, 2 * max_sequences, 128),
             cache_tokens=cache_tokens,
             handoff=handoff_dtype,
             worker=worker or WorkerConfiguration(),
         )
-        if settings.max_step_tokens <= settings.max_sequences:
-            raise ParameterError(
-                f"max_step_tokens is {max_step_tokens}; it must exceed max_sequences ({max_sequences})"
-            )
         ray_session = connect()
         try:
             self._coordinator, info = _start(settings, stage_class, on_progress)
@@ -122,7 +130,7 @@ class LLM:
             raise
         self.max_length = info.max_length
         self.cache_tokens = info.cache_tokens
-        self._prompts = PromptEncoder(self.tokenizer, chat, info.max_length - 1)
+        self._prompts = PromptEncoder(self.tokenizer, chat, info.max_length)
         self._session = ClientSession(self._coordinator, ray_session)
         self._closed = weakref.finalize(self, _close, self._session, ray_session)
 
@@ -153,11 +161,11 @@ class LLM:
         return _completions(requests, last)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[CompletionChunk]:
-        """As `generate`, each chunk as soon as it is there; ending the iteration aborts the requests."""
-        requests = self._requests(prompts, params, stream=True)
-        chunks = ChunkStream(requests)
-        for increment in self._increments(requests):
-            yield chunks.chunk(increment)
+        """As `generate`, each chunk as soon as it is there; ending the iteration aborts the requests.
+
+        Prompts and parameters are checked at the call, and run from the first `next` on.
+        """
+        return self._chunks(self._requests(prompts, params, stream=True))
 
     async def agenerate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[Completion]:
         """As `generate`, for asyncio; cancelling it aborts the requests."""
@@ -165,14 +173,11 @@ class LLM:
         last = {increment.request_id: increment async for increment in self._aincrements(requests)}
         return _completions(requests, last)
 
-    async def astream(
+    def astream(
         self, prompts: Prompt | Sequence[Prompt], params: Params = None
     ) -> AsyncIterator[CompletionChunk]:
         """As `stream`, for asyncio."""
-        requests = self._requests(prompts, params, stream=True)
-        chunks = ChunkStream(requests)
-        async for increment in self._aincrements(requests):
-            yield chunks.chunk(increment)
+        return self._achunks(self._requests(prompts, params, stream=True))
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Raw logits of every position, float32 (n, n_vocab), through the same stages that generate.
@@ -180,7 +185,7 @@ class LLM:
         Raises:
             PromptError: there are no tokens, too many, or some outside the vocabulary.
         """
-        tokens = self._prompts.encode(list(token_ids))
+        tokens = self._prompts.encode(token_ids, n_answer=0)
         request = Request(self._session.new_id(), tokens, SamplingParams(), wants_logits=True)
         logits = next(self._increments([request])).logits
         assert logits is not None
@@ -204,16 +209,29 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: Params, stream: bool = False
     ) -> list[Request]:
         each = as_list(prompts)
+        chosen = params_of_each(params, len(each))
+        for one in chosen:
+            check_token_ids(one, self.tokenizer.n_vocab)
         return [
             Request(
                 self._session.new_id(),
-                self._prompts.encode(prompt),
-                chosen,
-                seed=secrets.randbits(64) if chosen.seed is None else chosen.seed,
+                tokens,
+                one,
+                seed=secrets.randbits(64) if one.seed is None else one.seed,
                 stream=stream,
             )
-            for prompt, chosen in zip(each, params_of_each(params, len(each)), strict=True)
+            for tokens, one in zip(self._prompts.encode_all(each), chosen, strict=True)
         ]
+
+    def _chunks(self, requests: list[Request]) -> Iterator[CompletionChunk]:
+        chunks = ChunkStream(requests)
+        for increment in self._increments(requests):
+            yield chunks.chunk(increment)
+
+    async def _achunks(self, requests: list[Request]) -> AsyncIterator[CompletionChunk]:
+        chunks = ChunkStream(requests)
+        async for increment in self._aincrements(requests):
+            yield chunks.chunk(increment)
 
     def _increments(self, requests: list[Request]) -> Iterator[Increment]:
         """Submit requests and give their increments as they come, until all have ended."""
@@ -245,11 +263,16 @@ class LLM:
             self._session.forget(requests)
 
 
-def _open(model: str | Path) -> tuple[Path, ModelConfig, Tokenizer, ChatTemplate | ChatTemplateError]:
+def _open(
+    model: str | Path, device: DeviceKind
+) -> tuple[Path, ModelConfig, Tokenizer, ChatTemplate | ChatTemplateError]:
+    """What can be known before anything starts. Raises ModelError if `device` cannot run the model."""
     try:
         path = find_model(model)
         with GGUFFile.open(path) as file:
             config = ModelConfig.from_gguf(file)
+            ModelTensors(config, file)  # for the errors
+            check_weight_types(file.tensors.values(), device)
             tokenizer = Tokenizer.from_metadata(file.metadata)
             return path, config, tokenizer, _chat_template(file)
     except (ValueError, OSError) as error:
@@ -264,17 +287,32 @@ def _chat_template(file: GGUFFile) -> ChatTemplate | ChatTemplateError:
         return error
 
 
-def _device_kind(device: Device, stages: int) -> Device:
+def _device_kind(device: DeviceKind, stages: int) -> DeviceKind:
     """The CPU where "auto" finds too few GPUs."""
     if device == "auto" and ray.cluster_resources().get("GPU", 0) < stages:
         return "cpu"
     return device
 
 
-def _in_range(name: str, value: int, least: int, most: int) -> int:
-    if not least <= value <= most:
-        raise ParameterError(f"{name} is {value}; for this model it must be from {least} to {most}")
-    return value
+def _check_choices(model: object, device: object, handoff: object, worker: object) -> None:
+    if not isinstance(model, (str, Path)):
+        raise ParameterError(f"model is {model!r:.80}; it must be a path or the name of a shipped model")
+    for name, value, choices in (
+        ("device", device, get_args(DeviceKind)),
+        ("handoff_dtype", handoff, get_args(HandoffType)),
+    ):
+        if value not in choices:
+            raise ParameterError(f"{name} is {value!r:.80}; it must be one of {', '.join(choices)}")
+    if not isinstance(worker, WorkerConfiguration | None):
+        raise ParameterError(f"worker is {worker!r:.80}; it must be a WorkerConfiguration")
+
+
+def _whole_number(name: str, value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise ParameterError(
+            f"{name} is {value!r:.80}; here it must be a whole number from {least} to {most}"
+        )
+    return int(value)
 
 
 def _checked(increment: Increment) -> Increment:

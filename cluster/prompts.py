@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 from cluster.errors import ParameterError, PromptError
 from cluster.sampling_params import SamplingParams
 from loader.chat import ChatTemplate, ChatTemplateError
@@ -22,14 +24,14 @@ class PromptEncoder:
     Args:
         tokenizer: the model's.
         chat: its chat template, or why it has none.
-        max_tokens: the longest prompt.
+        max_length: tokens of the longest sequence, prompt and answer together.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: ChatTemplate | ChatTemplateError, max_tokens: int) -> None:
-        self._tokenizer, self._chat, self._max_tokens = tokenizer, chat, max_tokens
+    def __init__(self, tokenizer: Tokenizer, chat: ChatTemplate | ChatTemplateError, max_length: int) -> None:
+        self._tokenizer, self._chat, self._max_length = tokenizer, chat, max_length
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of one prompt.
+    def encode(self, prompt: Prompt | np.ndarray, *, n_answer: int = 1) -> list[int]:
+        """Token ids of one prompt, which leaves room for at least `n_answer` tokens.
 
         Raises:
             PromptError: it is empty, too long, of another kind, or names tokens that do not exist.
@@ -37,14 +39,27 @@ class PromptEncoder:
         tokens = self._tokens(prompt)
         if not tokens:
             raise PromptError("a prompt must have at least one token; this one is empty")
-        if len(tokens) > self._max_tokens:
+        if len(tokens) + n_answer > self._max_length:
             raise PromptError(
-                f"the prompt has {len(tokens)} tokens, but the context has room for {self._max_tokens} and "
-                "an answer; shorten it or load the model with a larger max_context"
+                f"the prompt has {len(tokens)} tokens, but the context has room for "
+                f"{self._max_length - n_answer}{' and an answer' if n_answer else ''}; shorten it or load "
+                "the model with a larger max_context"
             )
         return tokens
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt; errors as for `encode`, with the number of the prompt."""
+        encoded = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                encoded.append(self.encode(prompt))
+            except PromptError as error:
+                if len(prompts) == 1:
+                    raise
+                raise PromptError(f"prompt {number} of {len(prompts)}: {error}") from error
+        return encoded
+
+    def _tokens(self, prompt: Prompt | np.ndarray) -> list[int]:
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt)
         if isinstance(prompt, Sequence) and prompt and all(isinstance(item, Mapping) for item in prompt):
@@ -74,7 +89,10 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
-    items: list[Any] = list(prompts)
+    try:
+        items: list[Any] = list(prompts)
+    except TypeError:
+        raise PromptError(f"prompts are text, token ids or chat messages, not {prompts!r:.80}") from None
     if items and all(isinstance(item, (Integral, Mapping)) for item in items):
         return [items]
     return items
@@ -88,7 +106,17 @@ def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, n: 
     """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n
-    each = list(params)
+    each = list(params) if isinstance(params, Sequence) else []
     if len(each) != n or not all(isinstance(item, SamplingParams) for item in each):
         raise ParameterError(f"give one SamplingParams for all, or one for each of the {n} prompts")
     return each
+
+
+def check_token_ids(params: SamplingParams, n_vocab: int) -> None:
+    """Raise ParameterError for parameters that name tokens outside a vocabulary of `n_vocab`."""
+    for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        if tokens and max(tokens) >= n_vocab:
+            raise ParameterError(
+                f"sampling parameter {name} names token {max(tokens)}, but the vocabulary has the tokens "
+                f"0 to {n_vocab - 1}"
+            )

@@ -16,6 +16,7 @@ from cluster.errors import ModelError, ParameterError, PromptError
 from cluster.llm import LLM
 from cluster.sampling_params import SamplingParams
 from loader.gguf_file import GGUFFile
+from loader.quant_types import QuantType
 from loader.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parents[1] / "data" / "conformance" / "qwen3.q8_0.gguf"
@@ -129,6 +130,20 @@ def test_unusable_prompts_and_parameters_are_refused(llm: LLM) -> None:
     ):
         with pytest.raises(PromptError, match=reason):
             llm.generate([prompt])
+    with pytest.raises(PromptError, match=r"prompt 2 of 3: .*empty"):
+        llm.generate(["a", "", "b"])
+    with pytest.raises(PromptError, match="empty"):
+        llm.stream([""])
+    with pytest.raises(PromptError, match="empty"):
+        llm.astream([""])
+    n_vocab = llm.tokenizer.n_vocab
+    with pytest.raises(ParameterError, match=f"logit_bias names token {n_vocab}"):
+        llm.generate("a", SamplingParams(logit_bias={n_vocab: 1}))
+    with pytest.raises(ParameterError, match=f"stop_token_ids names token {n_vocab}"):
+        llm.generate("a", SamplingParams(stop_token_ids=[n_vocab]))
+    assert llm.logits([5] * CONTEXT).shape == (CONTEXT, n_vocab)
+    with pytest.raises(PromptError, match=f"room for {CONTEXT}; "):
+        llm.logits([5] * (CONTEXT + 1))
     with pytest.raises(ParameterError, match="one for each of the 2 prompts"):
         llm.generate(["a", "b"], [GREEDY])
     assert llm.generate([], GREEDY) == []
@@ -164,6 +179,45 @@ def test_workers_show_what_they_hold(llm: LLM) -> None:
     assert all(worker["weight_bytes"] > 0 for worker in workers)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stages", "2"),
+        ("stages", True),
+        ("max_context", 0),
+        ("max_context", 10**6),
+        ("max_sequences", 0),
+        ("max_sequences", 2.0),
+        ("max_step_tokens", 16),
+        ("max_step_tokens", 65537),
+        ("cache_tokens", 0),
+        ("cache_tokens", -1),
+        ("handoff_dtype", "bfloat16"),
+        ("device", "tpu"),
+        ("device", ["cpu"]),
+        ("worker", {}),
+    ],
+)
+def test_arguments_out_of_range_are_named(name: str, value: object) -> None:
+    with pytest.raises(ParameterError, match=f"^{name} is "):
+        LLM(MODEL, **{name: value})
+
+
+def test_types_of_weights_without_a_kernel_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    content = MODEL.read_bytes()
+    name = b"blk.0.attn_q.weight"
+    at = content.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions and two of them
+    assert content[at] == QuantType.Q8_0.ggml_id
+    same_size = content[:at] + bytes([QuantType.IQ4_NL.ggml_id]) + content[at + 1 :]
+    model = tmp_path / "types.gguf"
+    model.write_bytes(same_size)
+    for device in ("auto", "cpu", "hip"):
+        with pytest.raises(
+            ModelError, match=r"types\.gguf: tensor 'blk.0.attn_q.weight' has type IQ4_NL.*Q4_K"
+        ):
+            LLM(model, device=device)
+
+
 def test_models_that_cannot_be_loaded_say_why(ray_instance: None, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"missing\.gguf"):
         LLM(tmp_path / "missing.gguf")
@@ -171,9 +225,7 @@ def test_models_that_cannot_be_loaded_say_why(ray_instance: None, tmp_path: Path
     broken.write_bytes(MODEL.read_bytes()[:1000])
     with pytest.raises(ModelError, match=r"broken\.gguf"):
         LLM(broken)
-    with pytest.raises(ParameterError, match="stages is 5; for this model it must be from 1 to 4"):
+    with pytest.raises(ParameterError, match="stages is 5; here it must be a whole number from 1 to 4"):
         LLM(MODEL, stages=5)
-    with pytest.raises(ParameterError, match="max_context"):
-        LLM(MODEL, max_context=10**6)
     with pytest.raises(ModelError, match="would fit"):
         LLM(MODEL, device="cpu", cache_tokens=10**12)
