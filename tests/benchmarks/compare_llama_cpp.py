@@ -52,29 +52,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
 
-    table = Table("model", "measure", "Redshard tok/s", "llama.cpp tok/s", "ratio")
     bandwidth = host_read_bandwidth(options.threads)
-    for model in options.models:
-        ours, theirs = [], []
-        limits = {"max_context": PROMPT + TOKENS + 2, "max_sequences": SEQUENCES}
-        with loaded_model(str(model), **limits) as loaded:
-            rng = np.random.default_rng(0)
-            measure_once(loaded.llm, rng, PROMPT, TOKENS, SEQUENCES)
-            for _ in range(options.rounds):
-                theirs.append(llama_cpp(options.llama_cpp, model, options.threads))
-                ours.append(measure_once(loaded.llm, rng, PROMPT, TOKENS, SEQUENCES))
-            bytes_per_token = loaded.llm.stats()["workers"][0]["weight_bytes_per_token"]
-        for name in MEASURES:
-            a = statistics.median(getattr(rates, name) for rates in ours)
-            b = statistics.median(getattr(rates, name) for rates in theirs)
-            table.add_row(model.stem, name, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}")
-        limit = bandwidth / bytes_per_token
-        table.add_row(model.stem, "decode limit by memory", f"{limit:.1f}", "", "", end_section=True)
     console = Console()
-    console.print(table)
     console.print(
         f"{options.threads} threads; memory read at {bandwidth / 1e9:.1f} GB/s; {options.rounds} rounds"
     )
+    for model in options.models:
+        console.print(compare(model, options.llama_cpp, options.threads, options.rounds, bandwidth))
+
+
+def compare(model: Path, folder: Path, threads: int, rounds: int, bandwidth: float) -> Table:
+    """Both on one model, in turn; the medians."""
+    ours, theirs = [], []
+    limits = {"max_context": PROMPT + TOKENS + 2, "max_sequences": SEQUENCES}
+    with loaded_model(str(model), **limits) as loaded:
+        rng = np.random.default_rng(0)
+        measure_once(loaded.llm, rng, PROMPT, TOKENS, SEQUENCES)
+        for _ in range(rounds):
+            theirs.append(llama_cpp(folder, model, threads))
+            ours.append(measure_once(loaded.llm, rng, PROMPT, TOKENS, SEQUENCES))
+        bytes_per_token = loaded.llm.stats()["workers"][0]["weight_bytes_per_token"]
+    table = Table(
+        "measure", "Redshard tok/s", "llama.cpp tok/s", "ratio", title=model.stem, title_justify="left"
+    )
+    for name in MEASURES:
+        a = statistics.median(getattr(rates, name) for rates in ours)
+        b = statistics.median(getattr(rates, name) for rates in theirs)
+        table.add_row(name, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}")
+    table.add_row("decode limit by memory", f"{bandwidth / bytes_per_token:.1f}", "", "")
+    return table
 
 
 if __name__ == "__main__":
