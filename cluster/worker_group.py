@@ -37,7 +37,6 @@ CPU_BUNDLE = {"CPU": 0.01}
 GPU_BUNDLE = {"GPU": 1.0}
 
 _PLACEMENT_S = 60.0
-_START_S = 120.0
 _REPORT_S = 60.0
 #: A stage that does not answer for this long after a loss is lost too.
 _ANSWER_S = 5.0
@@ -190,8 +189,14 @@ class WorkerGroup:
         return actor_class.remote(stage, self._kind, self._n_neighbours[stage], self._configuration)
 
     def _open_devices(self) -> list[DeviceReport]:
+        deadline_s = self._configuration.deadlines.start_s
         try:
-            return ray.get([actor.report.remote() for actor in self._actors], timeout=_START_S)
+            return ray.get([actor.report.remote() for actor in self._actors], timeout=deadline_s)
+        except ray.exceptions.GetTimeoutError as error:
+            self.close()
+            raise PipelineError(
+                f"not all workers have started within {deadline_s:g} s; a device may hang"
+            ) from error
         except ray.exceptions.RayError as error:
             self.close()
             raise PipelineError(f"a worker could not be started: {_cause(error)}") from error

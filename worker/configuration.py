@@ -64,11 +64,13 @@ class Deadlines(_Settings):
         allocate_s: one allocation.
         copy_s: the copies between two gates of an upload, or one readback.
         step_s: one step of a stage.
+        start_s: the start of the worker's process, with opening its device.
     """
 
     allocate_s: float = Field(default=60.0, gt=0)
     copy_s: float = Field(default=120.0, gt=0)
     step_s: float = Field(default=300.0, gt=0)
+    start_s: float = Field(default=120.0, gt=0)
 
 
 class WorkerConfiguration(_Settings):

@@ -40,7 +40,9 @@ def open_llm(ray_instance: None, tmp_path: Path) -> Iterator[OpenLLM]:
                 device="hip",
                 max_context=128,
                 max_sequences=4,
-                worker=WorkerConfiguration(deadlines=Deadlines(allocate_s=5, step_s=30)),
+                worker=WorkerConfiguration(
+                    deadlines=Deadlines(allocate_s=5, copy_s=30, step_s=30, start_s=60)
+                ),
                 stage_class=standin_stage_actor(tmp_path),
             )
         )

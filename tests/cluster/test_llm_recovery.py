@@ -9,16 +9,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 from support.fake_stage_actor import FakeStageActor
 from support.fake_worker import generate
 from support.gguf_models import tiny_config, write_model
 
-from cluster.errors import PipelineError
+from cluster.errors import PipelineError, RequestError
 from cluster.llm import LLM
 from cluster.sampling_params import SamplingParams
 from worker.configuration import Deadlines, WorkerConfiguration
+from worker.step_batch import StepBatch, StepResult
+from worker.step_inputs import BatchError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 PROMPTS = [[i, 2 * i, 7] * (i + 1) for i in range(6)]
@@ -78,6 +81,17 @@ def test_a_worker_that_dies_or_hangs_in_mid_generation_costs_a_pause(
     wait_until_dead([victim])
 
 
+def test_a_worker_that_dies_while_nothing_runs_is_replaced_at_the_next_request(llm: LLM) -> None:
+    victim = pids(llm)[1]
+    restarts = llm.stats()["times"]["restarts"]
+    os.kill(victim, signal.SIGKILL)
+    wait_until_dead([victim])
+    time.sleep(2)  # for Ray to hear of it
+    assert llm.generate(PROMPTS[1], GREEDY)[0].token_ids == generate(PROMPTS[1], 100, 2)
+    assert llm.stats()["times"]["restarts"] == restarts + 1
+    assert victim not in pids(llm)
+
+
 def test_requests_of_several_threads_share_the_batches(llm: LLM) -> None:
     steps = llm.stats()["times"]["steps"]
     results: dict[int, list[int]] = {}
@@ -101,6 +115,23 @@ def test_ending_a_stream_early_aborts_the_request(llm: LLM) -> None:
     stream.close()
     assert llm.generate([3], GREEDY)[0].token_ids == generate([3], 100, 2)
     assert llm.stats()["times"]["generated"] - generated < 200
+
+
+def test_a_step_that_a_stage_refuses_fails_its_request_alone(ray_instance: None, model: Path) -> None:
+    class PickyStageActor(FakeStageActor):
+        def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
+            if self._stage_number == 0 and 63 in batch.token_ids:
+                raise BatchError("token 63 is not to its taste")
+            return super().run(batch, hidden)
+
+    one = SamplingParams(temperature=0, max_tokens=1)
+    with LLM(model, stages=2, device="cpu", max_context=256, stage_class=PickyStageActor) as llm:
+        before = pids(llm)
+        with pytest.raises(RequestError, match="not to its taste"):
+            llm.generate([[63, 1]], one)
+        assert llm.generate([1, 2], one)[0].token_ids == generate([1, 2], 1, 2)
+        assert pids(llm) == before
+        assert llm.stats()["times"]["restarts"] == 0
 
 
 def test_every_stage_on_gpus_has_one_of_its_own(ray_instance: None, model: Path) -> None:
