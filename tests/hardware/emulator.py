@@ -31,6 +31,7 @@ _COMPILER_OPTIONS = {"gfx942": ["-mllvm", "-amdgpu-sdwa-peephole=false"]}
 
 _LDS_GRANULE = 512  # bytes, as the emulator counts them
 _LDS_SHIFT, _LDS_MASK = 15, 0x1FF  # in COMPUTE_PGM_RSRC2
+_ROOM_BYTES, _ALIGNMENT = 64 << 20, 64  # room for the waves of many workgroups, used in turn
 _MAP_NORESERVE = 0x4000  # Linux; mmap names it from Python 3.12 on
 _NO_OPERATION = 0xBF800000  # s_nop 0
 #: Cache maintenance, which the emulator does not know and, its memory being coherent, does not need: words by target.
@@ -138,23 +139,26 @@ def _emulator() -> Any:
     if root not in sys.path:
         sys.path.insert(0, root)
     emulator = importlib.import_module("test.mockgpu.amd.emu")
-    _widen_lds(emulator)
+    _give_room(emulator)
     return emulator
 
 
-def _widen_lds(emulator: Any) -> None:
-    """Give the local data share room for every 32-bit address.
+def _give_room(emulator: Any) -> None:
+    """Put registers and local data share where 4 GiB of readable memory follow.
 
-    Lanes that are switched off read it too, in this emulator, wherever their register happens to point.
+    In this emulator lanes that are switched off read memory too, wherever the 32 bits in their registers point.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    room = ctypes.c_char.from_buffer(mmap.mmap(-1, (1 << 32) + mmap.PAGESIZE, flags))
-    make_buffer = emulator.Buffer
+    room = ctypes.c_char.from_buffer(mmap.mmap(-1, _ROOM_BYTES + (1 << 32) + mmap.PAGESIZE, flags))
+    make_buffer, used = emulator.Buffer, 0
 
     def make(device: str, size: int, dtype: Any, **given: Any) -> Any:
-        in_run = sys._getframe(1).f_code.co_name == "run_asm"
-        is_lds = in_run and dtype == emulator.dtypes.uint32 and not given
-        options = {"options": emulator.BufferSpec(external_ptr=ctypes.addressof(room))} if is_lds else given
-        return make_buffer(device, size, dtype, **options)
+        nonlocal used
+        if given or dtype != emulator.dtypes.uint32:
+            return make_buffer(device, size, dtype, **given)
+        start = used if used + 4 * size <= _ROOM_BYTES else 0
+        used = start + -(-4 * size // _ALIGNMENT) * _ALIGNMENT
+        options = emulator.BufferSpec(external_ptr=ctypes.addressof(room) + start)
+        return make_buffer(device, size, dtype, options=options)
 
     emulator.Buffer = make
