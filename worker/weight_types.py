@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from loader.gguf_file import TensorInfo
 from loader.quant_types import QuantType
 
-#: By the GPU kernels: kernels/hip/formats.h and matmul_float.hip.
+#: By the GPU kernels: kernels/hip/formats.h.
 GPU_WEIGHT_TYPES = (
     QuantType.F32,
     QuantType.F16,

@@ -119,10 +119,10 @@ def test_time_in_which_the_process_was_stopped_does_not_count():
         "entered, enter = os.pipe()\n"
         "pid = os.fork()\n"
         "if not pid:\n"
-        "    with dog.guard('child', 2):\n        os.write(enter, b'.')\n        time.sleep(3)\n"
+        "    with dog.guard('child', 3):\n        os.write(enter, b'.')\n        time.sleep(4.5)\n"
         "    os._exit(0)\n"
         "os.read(entered, 1)\n"
-        "os.kill(pid, signal.SIGSTOP)\ntime.sleep(2.7)\nos.kill(pid, signal.SIGCONT)\n"
+        "os.kill(pid, signal.SIGSTOP)\ntime.sleep(4.2)\nos.kill(pid, signal.SIGCONT)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
     )
     assert (status, report) == (0, "")

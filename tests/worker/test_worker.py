@@ -162,7 +162,7 @@ def test_wrong_use(model: Path, tmp_path: Path) -> None:
 
 def test_devices_that_are_not_there() -> None:
     for kind in ("hip", "cuda"):
-        with pytest.raises(DeviceError, match=kind):
+        with pytest.raises(DeviceError, match=f"(?i){kind}"):
             open_device(kind)
     with pytest.raises(DeviceError, match="'tpu'"):
         open_device("tpu")
