@@ -14,13 +14,14 @@ ADJUSTMENT_DTYPE = np.dtype(Adjustment)
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One forward pass over tokens of several sequences; rows of one sequence are adjacent, positions ascending.
+    """One forward pass over tokens of several sequences; rows of a sequence are adjacent, positions ascending.
 
     Attributes:
         step_id: number of the step, ascending, for logs and for matching results.
         token_ids: int32 (n_tokens,)
         positions: int32 (n_tokens,), place of each token in its sequence.
-        query_starts: int32 (n_sequences + 1,), the tokens of sequence s are rows query_starts[s]:query_starts[s + 1].
+        query_starts: int32 (n_sequences + 1,), the tokens of sequence s are rows
+            query_starts[s]:query_starts[s + 1].
         block_tables: int32 (n_sequences, width), cache block numbers; unused entries are -1.
         output_rows: int32 (n_outputs,), rows whose logits are wanted.
         sampling: SAMPLING_ROW_DTYPE (n_outputs,); empty when only logits are wanted.
