@@ -14,7 +14,7 @@ ADJUSTMENT_DTYPE = np.dtype(Adjustment)
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One forward pass over tokens of several sequences; rows of a sequence are adjacent, positions ascending.
+    """One forward pass over tokens of some sequences; rows of a sequence are adjacent, positions ascending.
 
     Attributes:
         step_id: number of the step, ascending, for logs and for matching results.
