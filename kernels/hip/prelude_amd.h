@@ -2,13 +2,27 @@
 // Sources: LLVM "User Guide for AMDGPU Backend", BuiltinsAMDGPU.def; AMD RDNA3, RDNA4 and CDNA3 ISA guides (matrix layouts).
 #pragma once
 
+#if defined(__GFX11__) || defined(__GFX12__)
+#define HAS_WMMA 1
+#elif defined(__gfx90a__) || defined(__gfx940__) || defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__) || defined(__gfx908__)
+#define HAS_MFMA 1
+#endif
+
+// Where matrix results may be in ordinary registers, two waves a SIMD leave 256 of them to each and so keep results there:
+// nothing is copied to and from accumulation registers.
+#if defined(HAS_MFMA) && !defined(__gfx908__)
+#define REGISTER_BUDGET amdgpu_waves_per_eu(2)
+#else
+#define REGISTER_BUDGET
+#endif
+
 // Everything is inlined: a call would cost registers and scratch memory.
 #define DEVICE __attribute__((device, always_inline)) static
 #define DEVICE_METHOD __attribute__((device))
 #define DEVICE_MEMBER __attribute__((device)) static
 #define SHARED __attribute__((shared, aligned(16)))
 #define KERNEL(name, threads) \
-  extern "C" __attribute__((global, amdgpu_flat_work_group_size(1, threads))) void name
+  extern "C" __attribute__((global, amdgpu_flat_work_group_size(1, threads), REGISTER_BUDGET)) void name
 #define STREAM_KERNEL(name, threads, resident) KERNEL(name, threads)
 
 // By family: since ROCm 7.2 the compiler no longer says it (the macro __AMDGCN_WAVEFRONT_SIZE__ is gone).
@@ -16,12 +30,6 @@
 constexpr i32 WAVE = 64;
 #else
 constexpr i32 WAVE = 32;
-#endif
-
-#if defined(__GFX11__) || defined(__GFX12__)
-#define HAS_WMMA 1
-#elif defined(__gfx90a__) || defined(__gfx940__) || defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__) || defined(__gfx908__)
-#define HAS_MFMA 1
 #endif
 
 DEVICE inline i32 thread_index() { return __builtin_amdgcn_workitem_id_x(); }
