@@ -9,7 +9,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,8 +34,10 @@ _ROW_THREADS = 1024  # rows.hip
 _ROPE_THREADS, _ROPE_ELEMENTS_PER_LANE = 256, 8  # rope_store.hip
 _VECTOR_THREADS, _WEIGHT_ROWS_PER_WAVE = 128, 2  # matmul_vector.hip
 _SWIGLU_THREADS, _SWIGLU_ROWS = 256, 32
-_TILE_THREADS, _TILE_ROWS = 256, 64  # matmul_tile.hip: rows of weights, 32 in swiglu_tile_64
-_ATTENTION_THREADS, _ATTENTION_VECTOR_THREADS, _PARTITION, _HEADS_PER_GROUP = 128, 256, 128, 8  # attention.hip
+_TILE_THREADS, _TILE_ROWS, _NARROW_TILE_ROWS = 256, 64, 32  # matmul_tile.hip: rows of weights
+_FEW_WEIGHT_ROWS = 32_768  # so many tiles of 64 alone do not fill a GPU
+_ATTENTION_THREADS, _ATTENTION_VECTOR_THREADS = 128, 256  # attention.hip
+_PARTITION, _PARTITION_STRIDE, _HEADS_PER_GROUP = 128, 8, 4
 _PLANES_THREADS, _PLANES_GROUPS = 256, 1024  # planes.hip
 _SAMPLE_THREADS = 1024  # sample.hip
 
@@ -125,7 +127,10 @@ def launches(operation: str, arguments: ctypes.Structure, rows: int, wave_size: 
         raise DeviceError(f"launch of unknown kernel {operation!r}; known are {', '.join(_PLANS)}") from None
     if rows < 1:
         raise DeviceError(f"{operation}: a launch must cover at least 1 row, not {rows}")
-    return list(plan(arguments, rows, wave_size))
+    planned = list(plan(arguments, rows, wave_size))
+    if rows not in VECTOR_ROWS:  # long launches only get in each other's way
+        planned = [replace(launch, overlaps=False) for launch in planned]
+    return planned
 
 
 def split_planes(run: BlockRun, blocks: int, planes: int) -> Launch:
@@ -143,7 +148,9 @@ def split_planes(run: BlockRun, blocks: int, planes: int) -> Launch:
     )
     for i, field in enumerate(fields):
         arguments.field[i][:] = field
-    return Launch("planes", "split_planes", (arguments.n_groups, 1, 1), _PLANES_THREADS, arguments, overlaps=False)
+    return Launch(
+        "planes", "split_planes", (arguments.n_groups, 1, 1), _PLANES_THREADS, arguments, overlaps=False
+    )
 
 
 def attention_scratch_bytes(rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
@@ -179,9 +186,12 @@ def _matmul(a: MatmulArguments, rows: int, wave_size: int) -> Iterable[Launch]:
             grid = (sum(_groups(height, per_group) for height in heights), 1, 1)
             yield Launch("matmul_vector", f"matmul_vector_{rows}", grid, _VECTOR_THREADS, part, macros)
         else:
-            tokens = 32 if rows <= 32 else 64
-            grid = (sum(_groups(height, _TILE_ROWS) for height in heights), _groups(rows, tokens), 1)
-            yield Launch("matmul_tile", f"matmul_tile_{tokens}", grid, _TILE_THREADS, part, macros)
+            tokens, tile_rows = (32 if rows <= 32 else 64), _TILE_ROWS
+            kernel = f"matmul_tile_{tokens}"
+            if 32 < rows <= 64 and sum(heights) <= _FEW_WEIGHT_ROWS:
+                kernel, tile_rows = "matmul_tile_64_narrow", _NARROW_TILE_ROWS
+            grid = (sum(_groups(height, tile_rows) for height in heights), _groups(rows, tokens), 1)
+            yield Launch("matmul_tile", kernel, grid, _TILE_THREADS, part, macros)
 
 
 def _swiglu(a: SwigluArguments, rows: int, wave_size: int) -> Iterable[Launch]:
@@ -195,7 +205,7 @@ def _swiglu(a: SwigluArguments, rows: int, wave_size: int) -> Iterable[Launch]:
         grid = (_groups(a.gate.n_rows, _SWIGLU_ROWS), 1, 1)
         yield Launch("matmul_vector", f"swiglu_vector_{rows}", grid, _SWIGLU_THREADS, a, macros)
     else:
-        tokens, tile_rows = (32, 64) if rows <= 32 else (64, 32)
+        tokens, tile_rows = (32, _TILE_ROWS) if rows <= 32 else (64, _NARROW_TILE_ROWS)
         grid = (_groups(a.gate.n_rows, tile_rows), _groups(rows, tokens), 1)
         yield Launch("matmul_tile", f"swiglu_tile_{tokens}", grid, _TILE_THREADS, a, macros)
 
@@ -225,7 +235,9 @@ def _attention(a: AttentionArguments, rows: int, wave_size: int) -> Iterable[Lau
 
     groups = a.n_kv_heads * _groups(heads_per_kv, _HEADS_PER_GROUP)
     partitions = _groups(a.table_width * a.block_size, _PARTITION)
-    yield launch("attention_vector", _ATTENTION_VECTOR_THREADS, rows, groups, partitions)
+    yield launch(
+        "attention_vector", _ATTENTION_VECTOR_THREADS, rows, groups, min(partitions, _PARTITION_STRIDE)
+    )
     if rows > 1:
         # A run of queries is a sequence's, and has at least two: no step of these rows has more runs.
         yield launch("attention_tile", _ATTENTION_THREADS, rows // 2, a.n_heads)

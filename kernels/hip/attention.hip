@@ -14,7 +14,8 @@ constexpr i32 VECTOR_THREADS = 256;    // of attention_vector
 constexpr i32 VECTOR_WAVES = VECTOR_THREADS / WAVE;
 constexpr i32 AT_ONCE = 4;             // rows a lane loads before it uses the first
 constexpr i32 PARTITION = 128;         // positions a workgroup of attention_vector takes
-constexpr i32 GROUP = HEADS_PER_KV < 8 ? HEADS_PER_KV : 8;   // query heads of one cache head that share a workgroup
+constexpr i32 PARTITION_STRIDE = 8;    // a workgroup takes every eighth partition from its own on
+constexpr i32 GROUP = HEADS_PER_KV < 4 ? HEADS_PER_KV : 4;   // query heads of one cache head that share a workgroup
 constexpr i32 GROUPS_PER_KV = (HEADS_PER_KV + GROUP - 1) / GROUP;
 constexpr i32 LANES = 16;              // lanes that read one row of keys or values, 8 elements each at a time
 constexpr i32 KEY_PARTS = (HEAD_DIM + LANES * 8 - 1) / (LANES * 8);
@@ -44,16 +45,15 @@ DEVICE inline float* partial_result(const AttentionArguments& a, i32 sequence, i
   return tile_result(a, a.step->n_tokens, 0) + (((i64)sequence * a.n_heads + head) * n_partitions + partition) * (2 + VALUE_DIM);
 }
 
-// Grid: tokens x (cache heads x groups of up to 8 query heads) x partitions.
+// Grid: tokens x (cache heads x groups of up to 4 query heads) x partitions, up to PARTITION_STRIDE of them.
 STREAM_KERNEL(attention_vector, VECTOR_THREADS, 512)(const AttentionArguments a) {
   SHARED float score[GROUP][PARTITION];
   SHARED float weighted[VECTOR_WAVES][GROUP][LANES * 8];
   wait_for_previous_launch();
-  const i32 t = group_x(), partition = group_z();
+  const i32 t = group_x();
   if (t >= a.step->n_tokens) return;
-  const i32 sequence = a.sequences[t], end = a.positions[t] + 1, start = partition * PARTITION;
-  if (start >= end || queries_of(a, sequence) > 1) return;
-  const i32 count = end - start < PARTITION ? end - start : PARTITION;
+  const i32 sequence = a.sequences[t], end = a.positions[t] + 1;
+  if (group_z() * PARTITION >= end || queries_of(a, sequence) > 1) return;
   const i32 kv_head = group_y() / GROUPS_PER_KV, first_in_kv = group_y() % GROUPS_PER_KV * GROUP;
   const i32 n_heads = HEADS_PER_KV - first_in_kv < GROUP ? HEADS_PER_KV - first_in_kv : GROUP;
   const i32 first_head = kv_head * HEADS_PER_KV + first_in_kv;
@@ -73,108 +73,111 @@ STREAM_KERNEL(attention_vector, VECTOR_THREADS, 512)(const AttentionArguments a)
         const i32 k = (p * LANES + part_lane) * 8 + i;
         q[h][p * 8 + i] = h < n_heads && k < HEAD_DIM ? a.q[((i64)t * a.n_heads + first_head + h) * HEAD_DIM + k] * a.scale : 0.0f;
       }
-  for (i32 start_row = 0; start_row < count; start_row += AT_ONCE * ROWS) {
-    // Rows past the end repeat the last one, and count nothing.
-    EightHalves eight[AT_ONCE][KEY_PARTS];
-#pragma unroll
-    for (i32 n = 0; n < AT_ONCE; n++) {
-      const i64 row = cache_row(a, table, start + least(start_row + n * ROWS + first_row, count - 1), kv_head);
-      if (part_lane * 8 < VALUE_DIM) prefetch(a.v_cache + row * VALUE_DIM + part_lane * 8);
-#pragma unroll
-      for (i32 p = 0; p < KEY_PARTS; p++) {
-        const i32 k = least((p * LANES + part_lane) * 8, HEAD_DIM - 8);   // queries are zero past the end of a head
-        eight[n][p] = *(const EightHalves*)(a.k_cache + row * HEAD_DIM + k);
-      }
-    }
-#pragma unroll
-    for (i32 n = 0; n < AT_ONCE; n++) {
-      const i32 row = start_row + n * ROWS + first_row;
-      float sum[GROUP];
-#pragma unroll
-      for (i32 h = 0; h < GROUP; h++) sum[h] = 0.0f;
-#pragma unroll
-      for (i32 p = 0; p < KEY_PARTS; p++)
-#pragma unroll
-        for (i32 i = 0; i < 8; i++) {
-          const float value = half_to_float(eight[n][p].half[i]);
-#pragma unroll
-          for (i32 h = 0; h < GROUP; h++) sum[h] += q[h][p * 8 + i] * value;
-        }
-#pragma unroll
-      for (i32 h = 0; h < GROUP; h++) {
-        sum[h] = wave_sum<LANES>(sum[h]);
-        if (part_lane == h && row < count) score[h][row] = sum[h];
-      }
-    }
-  }
-  barrier();
-
-  // Exponentials against the partition's largest score, a wave a head.
-  for (i32 h = wave_index(); h < n_heads; h += VECTOR_WAVES) {
-    float largest = LOWEST;
-    for (i32 row = lane_index(); row < count; row += WAVE) largest = score[h][row] > largest ? score[h][row] : largest;
-    largest = wave_max(largest);
-    float sum = 0.0f;
-    for (i32 row = lane_index(); row < count; row += WAVE) {
-      const float e = exp_fast(score[h][row] - largest);
-      score[h][row] = e;
-      sum += e;
-    }
-    sum = wave_sum(sum);
-    if (lane_index() == 0) {
-      float* out = partial_result(a, sequence, first_head + h, partition);
-      out[0] = largest;
-      out[1] = sum;
-    }
-  }
-  barrier();
-
-  // Weighted values: 16 lanes a row, summed over the rows of a wave, then over waves.
-  for (i32 p = 0; p * LANES * 8 < VALUE_DIM; p++) {
-    const i32 k = (p * LANES + part_lane) * 8;
-    float sum[GROUP][8];
-#pragma unroll
-    for (i32 h = 0; h < GROUP; h++)
-#pragma unroll
-      for (i32 i = 0; i < 8; i++) sum[h][i] = 0.0f;
+  for (i32 partition = group_z(); partition * PARTITION < end; partition += PARTITION_STRIDE) {
+    const i32 start = partition * PARTITION, count = least(end - start, PARTITION);
     for (i32 start_row = 0; start_row < count; start_row += AT_ONCE * ROWS) {
-      EightHalves eight[AT_ONCE];
+      // Rows past the end repeat the last one, and count nothing.
+      EightHalves eight[AT_ONCE][KEY_PARTS];
 #pragma unroll
       for (i32 n = 0; n < AT_ONCE; n++) {
         const i64 row = cache_row(a, table, start + least(start_row + n * ROWS + first_row, count - 1), kv_head);
-        eight[n] = *(const EightHalves*)(a.v_cache + row * VALUE_DIM + least(k, VALUE_DIM - 8));
+        if (part_lane * 8 < VALUE_DIM) prefetch(a.v_cache + row * VALUE_DIM + part_lane * 8);
+#pragma unroll
+        for (i32 p = 0; p < KEY_PARTS; p++) {
+          const i32 k = least((p * LANES + part_lane) * 8, HEAD_DIM - 8);   // queries are zero past the end of a head
+          eight[n][p] = *(const EightHalves*)(a.k_cache + row * HEAD_DIM + k);
+        }
       }
 #pragma unroll
       for (i32 n = 0; n < AT_ONCE; n++) {
         const i32 row = start_row + n * ROWS + first_row;
-        float weight[GROUP];
+        float sum[GROUP];
 #pragma unroll
-        for (i32 h = 0; h < GROUP; h++) weight[h] = h < n_heads && row < count ? score[h][row] : 0.0f;
+        for (i32 h = 0; h < GROUP; h++) sum[h] = 0.0f;
 #pragma unroll
-        for (i32 i = 0; i < 8; i++) {
-          const float value = half_to_float(eight[n].half[i]);
+        for (i32 p = 0; p < KEY_PARTS; p++)
 #pragma unroll
-          for (i32 h = 0; h < GROUP; h++) sum[h][i] += weight[h] * value;
+          for (i32 i = 0; i < 8; i++) {
+            const float value = half_to_float(eight[n][p].half[i]);
+#pragma unroll
+            for (i32 h = 0; h < GROUP; h++) sum[h] += q[h][p * 8 + i] * value;
+          }
+#pragma unroll
+        for (i32 h = 0; h < GROUP; h++) {
+          sum[h] = wave_sum<LANES>(sum[h]);
+          if (part_lane == h && row < count) score[h][row] = sum[h];
         }
       }
     }
-#pragma unroll
-    for (i32 h = 0; h < GROUP; h++)
-#pragma unroll
-      for (i32 i = 0; i < 8; i++) {
-#pragma unroll
-        for (i32 step = LANES; step < WAVE; step *= 2) sum[h][i] += lane_read(sum[h][i], lane_index() ^ step);
-        if (row_of_wave == 0) weighted[wave_index()][h][part_lane * 8 + i] = sum[h][i];
-      }
     barrier();
-    for (i32 i = thread_index(); i < n_heads * LANES * 8; i += VECTOR_THREADS) {
-      const i32 h = i / (LANES * 8), column = i % (LANES * 8);
-      float total = 0.0f;
-#pragma unroll
-      for (i32 w = 0; w < VECTOR_WAVES; w++) total += weighted[w][h][column];
-      if (p * LANES * 8 + column < VALUE_DIM) partial_result(a, sequence, first_head + h, partition)[2 + p * LANES * 8 + column] = total;
+
+    // Exponentials against the partition's largest score, a wave a head.
+    for (i32 h = wave_index(); h < n_heads; h += VECTOR_WAVES) {
+      float largest = LOWEST;
+      for (i32 row = lane_index(); row < count; row += WAVE) largest = score[h][row] > largest ? score[h][row] : largest;
+      largest = wave_max(largest);
+      float sum = 0.0f;
+      for (i32 row = lane_index(); row < count; row += WAVE) {
+        const float e = exp_fast(score[h][row] - largest);
+        score[h][row] = e;
+        sum += e;
+      }
+      sum = wave_sum(sum);
+      if (lane_index() == 0) {
+        float* out = partial_result(a, sequence, first_head + h, partition);
+        out[0] = largest;
+        out[1] = sum;
+      }
     }
     barrier();
+
+    // Weighted values: 16 lanes a row, summed over the rows of a wave, then over waves.
+    for (i32 p = 0; p * LANES * 8 < VALUE_DIM; p++) {
+      const i32 k = (p * LANES + part_lane) * 8;
+      float sum[GROUP][8];
+#pragma unroll
+      for (i32 h = 0; h < GROUP; h++)
+#pragma unroll
+        for (i32 i = 0; i < 8; i++) sum[h][i] = 0.0f;
+      for (i32 start_row = 0; start_row < count; start_row += AT_ONCE * ROWS) {
+        EightHalves eight[AT_ONCE];
+#pragma unroll
+        for (i32 n = 0; n < AT_ONCE; n++) {
+          const i64 row = cache_row(a, table, start + least(start_row + n * ROWS + first_row, count - 1), kv_head);
+          eight[n] = *(const EightHalves*)(a.v_cache + row * VALUE_DIM + least(k, VALUE_DIM - 8));
+        }
+#pragma unroll
+        for (i32 n = 0; n < AT_ONCE; n++) {
+          const i32 row = start_row + n * ROWS + first_row;
+          float weight[GROUP];
+#pragma unroll
+          for (i32 h = 0; h < GROUP; h++) weight[h] = h < n_heads && row < count ? score[h][row] : 0.0f;
+#pragma unroll
+          for (i32 i = 0; i < 8; i++) {
+            const float value = half_to_float(eight[n].half[i]);
+#pragma unroll
+            for (i32 h = 0; h < GROUP; h++) sum[h][i] += weight[h] * value;
+          }
+        }
+      }
+#pragma unroll
+      for (i32 h = 0; h < GROUP; h++)
+#pragma unroll
+        for (i32 i = 0; i < 8; i++) {
+#pragma unroll
+          for (i32 step = LANES; step < WAVE; step *= 2) sum[h][i] += lane_read(sum[h][i], lane_index() ^ step);
+          if (row_of_wave == 0) weighted[wave_index()][h][part_lane * 8 + i] = sum[h][i];
+        }
+      barrier();
+      for (i32 i = thread_index(); i < n_heads * LANES * 8; i += VECTOR_THREADS) {
+        const i32 h = i / (LANES * 8), column = i % (LANES * 8);
+        float total = 0.0f;
+#pragma unroll
+        for (i32 w = 0; w < VECTOR_WAVES; w++) total += weighted[w][h][column];
+        if (p * LANES * 8 + column < VALUE_DIM) partial_result(a, sequence, first_head + h, partition)[2 + p * LANES * 8 + column] = total;
+      }
+      barrier();
+    }
   }
 }
 

@@ -17,10 +17,12 @@ struct Chunk {
   float minimum[GROUPS];    // the same for both halves of a block of 32; unread where Format::MINIMUM is false
 };
 
-// Per format: how many elements one lane takes, whether there is a minimum, how to load chunk number `chunk` of a row, and
-// where in the row group g of that chunk begins. Chunks come in order: those of 128 neighbouring elements stand together.
+// Per format: how many elements one lane takes, whether there is a minimum, how to load the bytes of chunk number `chunk` of a
+// row and, once they are there, how to unpack them, and where in the row group g of that chunk begins. Chunks come in order: those of 128 neighbouring elements stand together.
 // `leading_bytes` is what a row takes of the first plane.
 template <i32 type> struct Format;
+
+template <typename F> using Unpacked = decltype(F::unpack(typename F::Loaded(), 0));
 
 DEVICE inline const u8* bytes_of(const Matrix& w) { return (const u8*)w.data; }
 DEVICE inline Words4 load16(const u8* p) { return *(const Words4*)p; }
@@ -36,15 +38,17 @@ template <> struct Format<TYPE_Q8_0> {
   static constexpr bool MINIMUM = false;
   DEVICE_MEMBER i64 leading_bytes(i32 width) { return width; }
   DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk * 16 + g * 16; }
-  using Loaded = Chunk<1>;
-  DEVICE_MEMBER Chunk<1> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
+  struct Loaded { Words4 q; f16_bits d; };
+  DEVICE_MEMBER Loaded load(const Matrix& w, i32 width, i32 row, i32 chunk) {
     const i64 n_blocks = (i64)w.n_rows * (width / 32);
     const i64 block = (i64)row * (width / 32) + chunk / 2;
+    return {load16(bytes_of(w) + block * 32 + (chunk % 2) * 16), load_half(bytes_of(w) + n_blocks * 32 + block * 2)};
+  }
+  DEVICE_MEMBER Chunk<1> unpack(const Loaded& from, i32) {
     Chunk<1> c;
-    const Words4 q = load16(bytes_of(w) + block * 32 + (chunk % 2) * 16);
 #pragma unroll
-    for (i32 i = 0; i < 4; i++) c.word[0][i] = (i32)q.word[i];
-    c.scale[0] = half_to_float(load_half(bytes_of(w) + n_blocks * 32 + block * 2));
+    for (i32 i = 0; i < 4; i++) c.word[0][i] = (i32)from.q.word[i];
+    c.scale[0] = half_to_float(from.d);
     return c;
   }
 };
@@ -54,17 +58,19 @@ template <> struct Format<TYPE_Q4_0> {
   static constexpr bool MINIMUM = true;
   DEVICE_MEMBER i64 leading_bytes(i32 width) { return width / 2; }
   DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk * 32 + g * 16; }
-  using Loaded = Chunk<2>;
-  DEVICE_MEMBER Chunk<2> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
+  struct Loaded { Words4 q; f16_bits d; };
+  DEVICE_MEMBER Loaded load(const Matrix& w, i32 width, i32 row, i32 chunk) {
     const i64 n_blocks = (i64)w.n_rows * (width / 32);
     const i64 block = (i64)row * (width / 32) + chunk;
-    const Words4 q = load16(bytes_of(w) + block * 16);
-    const float scale = half_to_float(load_half(bytes_of(w) + n_blocks * 16 + block * 2));
+    return {load16(bytes_of(w) + block * 16), load_half(bytes_of(w) + n_blocks * 16 + block * 2)};
+  }
+  DEVICE_MEMBER Chunk<2> unpack(const Loaded& from, i32) {
+    const float scale = half_to_float(from.d);
     Chunk<2> c;
 #pragma unroll
     for (i32 g = 0; g < 2; g++) {
 #pragma unroll
-      for (i32 i = 0; i < 4; i++) c.word[g][i] = (i32)((q.word[i] >> (4 * g)) & 0x0f0f0f0fu);
+      for (i32 i = 0; i < 4; i++) c.word[g][i] = (i32)((from.q.word[i] >> (4 * g)) & 0x0f0f0f0fu);
       c.scale[g] = scale;
       c.minimum[g] = -8.0f * scale;
     }
@@ -87,12 +93,14 @@ template <> struct Format<TYPE_Q4_K> {
   static constexpr bool MINIMUM = true;
   DEVICE_MEMBER i64 leading_bytes(i32 width) { return width / 256 * 144; }
   DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk / 2 * 64 + g * 32 + chunk % 2 * 16; }
-  using Loaded = Chunk<2>;
-  DEVICE_MEMBER Chunk<2> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
+  struct Loaded { Words4 head, q; };
+  DEVICE_MEMBER Loaded load(const Matrix& w, i32 width, i32 row, i32 chunk) {
     const u8* block = bytes_of(w) + ((i64)row * (width / 256) + chunk / 8) * 144;
-    const i32 pair = (chunk % 8) / 2, half = chunk % 2;
-    const Words4 head = load16(block);
-    const Words4 q = load16(block + 16 + pair * 32 + half * 16);
+    return {load16(block), load16(block + 16 + chunk % 8 * 16)};
+  }
+  DEVICE_MEMBER Chunk<2> unpack(const Loaded& from, i32 chunk) {
+    const Words4 &head = from.head, &q = from.q;
+    const i32 pair = (chunk % 8) / 2;
     const float d = half_to_float((f16_bits)head.word[0]), dmin = half_to_float((f16_bits)(head.word[0] >> 16));
     const u32 packed[3] = {head.word[1], head.word[2], head.word[3]};
     u32 scales, minima;
@@ -116,25 +124,28 @@ template <> struct Format<TYPE_Q6_K> {
   static constexpr bool MINIMUM = false;
   DEVICE_MEMBER i64 leading_bytes(i32 width) { return width / 2; }
   DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk / 2 * 128 + g * 32 + chunk % 2 * 16; }
-  using Loaded = Chunk<4>;
-  DEVICE_MEMBER Chunk<4> load(const Matrix& w, i32 width, i32 row, i32 chunk) {
+  struct Loaded { Words4 a, b, high; i8 scale[4]; f16_bits d; };
+  DEVICE_MEMBER Loaded load(const Matrix& w, i32 width, i32 row, i32 chunk) {
     const i64 n_blocks = (i64)w.n_rows * (width / 256);
     const i64 block = (i64)row * (width / 256) + chunk / 4;
     const i32 part = (chunk % 4) / 2, half = chunk % 2;   // which 128 elements, which 16 of each 32
     const u8* low = bytes_of(w) + block * 128 + part * 64 + half * 16;
     const u8* high = bytes_of(w) + n_blocks * 128 + block * 64 + part * 32 + half * 16;
     const u8* scales = bytes_of(w) + n_blocks * 192 + block * 16 + part * 8 + half;
-    const float d = half_to_float(load_half(bytes_of(w) + n_blocks * 208 + block * 2));
-    const Words4 a = load16(low), b = load16(low + 32), h = load16(high);
+    return {load16(low), load16(low + 32), load16(high), {(i8)scales[0], (i8)scales[2], (i8)scales[4], (i8)scales[6]},
+            load_half(bytes_of(w) + n_blocks * 208 + block * 2)};
+  }
+  DEVICE_MEMBER Chunk<4> unpack(const Loaded& from, i32) {
+    const float d = half_to_float(from.d);
     Chunk<4> c;
 #pragma unroll
     for (i32 g = 0; g < 4; g++) {
 #pragma unroll
       for (i32 i = 0; i < 4; i++) {
-        const u32 four = ((g % 2 ? b : a).word[i] >> (4 * (g / 2))) & 0x0f0f0f0fu;
-        c.word[g][i] = minus_32(four | (((h.word[i] >> (2 * g)) & 0x03030303u) << 4));
+        const u32 four = ((g % 2 ? from.b : from.a).word[i] >> (4 * (g / 2))) & 0x0f0f0f0fu;
+        c.word[g][i] = minus_32(four | (((from.high.word[i] >> (2 * g)) & 0x03030303u) << 4));
       }
-      c.scale[g] = d * (float)(i8)scales[2 * g];
+      c.scale[g] = d * (float)from.scale[g];
     }
     return c;
   }

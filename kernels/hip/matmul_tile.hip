@@ -23,21 +23,24 @@ DEVICE inline void stage16(f16_bits* destination, const float (&value)[16]) {
   }
 }
 
-// What a thread holds of the next 128 columns of ROWS rows of weights, until shared memory is free for them.
+// What a thread holds of the next 128 columns of ROWS rows of weights, until shared memory is free for them: as loaded, since
+// unpacking would wait for them.
 template <i32 type, i32 ROWS, bool = is_quantized(type)>
 struct WeightStage {
   using Weights = Format<type>;
   static constexpr i32 PER_ROW = DEPTH / Weights::ELEMENTS;
   static constexpr i32 COUNT = (ROWS * PER_ROW + TILE_THREADS - 1) / TILE_THREADS;
-  typename Weights::Loaded chunk[COUNT];
+  typename Weights::Loaded loaded[COUNT];
   bool inside[COUNT];
+  i32 first_chunk;
 
   DEVICE_METHOD void load(const Matrix& w, i32 width, i32 first, i32 stage) {
+    first_chunk = stage * PER_ROW;
 #pragma unroll
     for (i32 n = 0; n < COUNT; n++) {
-      const i32 i = thread_index() + n * TILE_THREADS, row = first + i / PER_ROW, c = stage * PER_ROW + i % PER_ROW;
+      const i32 i = thread_index() + n * TILE_THREADS, row = first + i / PER_ROW, c = first_chunk + i % PER_ROW;
       inside[n] = i < ROWS * PER_ROW && row < w.n_rows && c * Weights::ELEMENTS < width;
-      if (inside[n]) chunk[n] = Weights::load(w, width, row, c);
+      if (inside[n]) loaded[n] = Weights::load(w, width, row, c);
     }
   }
 
@@ -46,13 +49,14 @@ struct WeightStage {
     for (i32 n = 0; n < COUNT; n++) {
       const i32 i = thread_index() + n * TILE_THREADS;
       if (i >= ROWS * PER_ROW) continue;
+      const Unpacked<Weights> chunk = Weights::unpack(loaded[n], first_chunk + i % PER_ROW);
 #pragma unroll
-      for (i32 g = 0; g < Weights::Loaded::GROUPS; g++) {
+      for (i32 g = 0; g < Unpacked<Weights>::GROUPS; g++) {
         float value[16];
 #pragma unroll
         for (i32 k = 0; k < 16; k++) {
-          value[k] = chunk[n].scale[g] * signed_byte(chunk[n].word[g][k / 4], k % 4);
-          if (Weights::MINIMUM) value[k] += chunk[n].minimum[g];
+          value[k] = chunk.scale[g] * signed_byte(chunk.word[g][k / 4], k % 4);
+          if (Weights::MINIMUM) value[k] += chunk.minimum[g];
           if (!inside[n]) value[k] = 0.0f;
         }
         stage16(staged + (i / PER_ROW) * STRIDE + Weights::position(i % PER_ROW, g), value);
@@ -227,14 +231,19 @@ DEVICE inline void swiglu_tile(const SwigluArguments& a) {
   gate_grid.clear();
   up_grid.clear();
   const i32 n_stages = (a.width + DEPTH - 1) / DEPTH;
+  gate.load(a.gate, a.width, first_row, 0);
+  up.load(a.up, a.width, first_row, 0);
+  activations.load(a.x, a.width, first_token, n, 0);
   for (i32 stage = 0; stage < n_stages; stage++) {
-    gate.load(a.gate, a.width, first_row, stage);
-    up.load(a.up, a.width, first_row, stage);
-    activations.load(a.x, a.width, first_token, n, stage);
     gate.store(staged_gate);
     up.store(staged_up);
     activations.store(staged_x);
     barrier();
+    if (stage + 1 < n_stages) {
+      gate.load(a.gate, a.width, first_row, stage + 1);
+      up.load(a.up, a.width, first_row, stage + 1);
+      activations.load(a.x, a.width, first_token, n, stage + 1);
+    }
     gate_grid.multiply(staged_x, staged_gate);
     up_grid.multiply(staged_x, staged_up);
     barrier();
@@ -263,5 +272,6 @@ DEVICE inline void swiglu_tile(const SwigluArguments& a) {
 
 KERNEL(matmul_tile_32, TILE_THREADS)(const MatmulArguments a) { matmul_tile<WEIGHT_TYPE, 32, 64>(a); }
 KERNEL(matmul_tile_64, TILE_THREADS)(const MatmulArguments a) { matmul_tile<WEIGHT_TYPE, 64, 64>(a); }
+KERNEL(matmul_tile_64_narrow, TILE_THREADS)(const MatmulArguments a) { matmul_tile<WEIGHT_TYPE, 64, 32>(a); }
 KERNEL(swiglu_tile_32, TILE_THREADS)(const SwigluArguments a) { swiglu_tile<WEIGHT_TYPE, 32, 64>(a); }
 KERNEL(swiglu_tile_64, TILE_THREADS)(const SwigluArguments a) { swiglu_tile<WEIGHT_TYPE, 64, 32>(a); }

@@ -48,27 +48,30 @@ DEVICE inline void rows_times_tokens(const WeightRows<ROWS>& rows, const Activat
 
   if constexpr (is_quantized(type)) {
     using Weights = Format<type>;
-    constexpr i32 LOADS = 256 / Weights::ELEMENTS / ROWS;
+    constexpr i32 LOADS = 256 / Weights::ELEMENTS / ROWS / (TOKENS > 2 ? TOKENS / 2 : 1);   // as registers allow
     constexpr i32 AT_ONCE = LOADS < 1 ? 1 : LOADS > 4 ? 4 : LOADS;   // chunks of a row
     const i32 n_chunks = width / Weights::ELEMENTS;
     for (i32 start = lane_index(); start - lane_index() < n_chunks; start += AT_ONCE * WAVE) {
-      typename Weights::Loaded c[AT_ONCE][ROWS];
+      typename Weights::Loaded loaded[AT_ONCE][ROWS];
 #pragma unroll
       for (i32 n = 0; n < AT_ONCE; n++)
 #pragma unroll
         for (i32 r = 0; r < ROWS; r++) {
           const i32 chunk = start + n * WAVE < n_chunks ? start + n * WAVE : n_chunks - 1;
-          c[n][r] = Weights::load(*rows.w[r], width, rows.row[r], chunk);
+          loaded[n][r] = Weights::load(*rows.w[r], width, rows.row[r], chunk);
         }
 #pragma unroll
       for (i32 n = 0; n < AT_ONCE; n++) {
         // Past the end the last chunk counts nothing.
         const float counts = start + n * WAVE < n_chunks ? 1.0f : 0.0f;
         const i32 chunk = start + n * WAVE < n_chunks ? start + n * WAVE : n_chunks - 1;
+        Unpacked<Weights> c[ROWS];
+#pragma unroll
+        for (i32 r = 0; r < ROWS; r++) c[r] = Weights::unpack(loaded[n][r], chunk);
 #pragma unroll
         for (i32 t = 0; t < TOKENS; t++) {
 #pragma unroll
-          for (i32 g = 0; g < Weights::Loaded::GROUPS; g++) {
+          for (i32 g = 0; g < Unpacked<Weights>::GROUPS; g++) {
             const i32 position = Weights::position(chunk, g);
             const Words4 q = load16((const u8*)x.quants + (i64)t * width + position);
             const i64 block = (i64)t * (width / 32) + position / 32;
@@ -79,9 +82,9 @@ DEVICE inline void rows_times_tokens(const WeightRows<ROWS>& rows, const Activat
             for (i32 r = 0; r < ROWS; r++) {
               i32 dot = 0;
 #pragma unroll
-              for (i32 i = 0; i < 4; i++) dot = dot4(c[n][r].word[g][i], (i32)q.word[i], dot);
-              out[r][t] = multiply_add(c[n][r].scale[g] * scale, (float)dot, out[r][t]);
-              if (Weights::MINIMUM) out[r][t] = multiply_add(c[n][r].minimum[g], sum, out[r][t]);
+              for (i32 i = 0; i < 4; i++) dot = dot4(c[r].word[g][i], (i32)q.word[i], dot);
+              out[r][t] = multiply_add(c[r].scale[g] * scale, (float)dot, out[r][t]);
+              if (Weights::MINIMUM) out[r][t] = multiply_add(c[r].minimum[g], sum, out[r][t]);
             }
           }
         }
@@ -178,9 +181,9 @@ DEVICE inline void swiglu_vector(const SwigluArguments& a) {
 }
 
 #define VECTOR_KERNELS(n)                                                    \
-  STREAM_KERNEL(matmul_vector_##n, VECTOR_THREADS, 512)                      \
+  STREAM_KERNEL(matmul_vector_##n, VECTOR_THREADS, (n) <= 2 ? 512 : 384)     \
   (const MatmulArguments a) { matmul_vector<WEIGHT_TYPE, n>(a); }            \
-  STREAM_KERNEL(swiglu_vector_##n, SWIGLU_THREADS, (n) < 8 ? 512 : 256)      \
+  STREAM_KERNEL(swiglu_vector_##n, SWIGLU_THREADS, (n) <= 2 ? 512 : 256)     \
   (const SwigluArguments a) { swiglu_vector<WEIGHT_TYPE, n>(a); }
 
 VECTOR_KERNELS(1)

@@ -11,7 +11,7 @@ DEVICE inline void embed_row(const EmbedArguments& a, i32 row, float* out) {
   if constexpr (is_quantized(type)) {
     using Weights = Format<type>;
     for (i32 chunk = thread_index(); chunk < a.width / Weights::ELEMENTS; chunk += ROW_THREADS) {
-      const auto c = Weights::load(a.table, a.width, row, chunk);
+      const auto c = Weights::unpack(Weights::load(a.table, a.width, row, chunk), chunk);
 #pragma unroll
       for (i32 g = 0; g < c.GROUPS; g++)
 #pragma unroll

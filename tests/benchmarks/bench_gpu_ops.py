@@ -1,10 +1,10 @@
-"""Where a step's time goes on a GPU: every operation of a whole model's step, each replayed as a graph of its own.
+"""Where a step's time goes on a GPU: every operation of a whole model's step, replayed as a graph of its own.
 
     python tests/benchmarks/bench_gpu_ops.py MODEL.gguf --device cuda --sequences 1,64 --prompt 2048
 
-An operation's graph has its launches of all layers, so its weights come from memory and not from a cache. Bytes are
-those of the weights that it reads, operations two for each weight and row. The limits are measured in the same run: a
-copy on the device (bytes read and written). Needs no Ray.
+An operation's graph has its launches of all layers, so its weights come from memory and not from a cache.
+Bytes are those of the weights that it reads, operations two for each weight and row. The limit is measured in
+the same run: a copy on the device (bytes read and written). Needs no Ray.
 """
 
 from __future__ import annotations
@@ -96,25 +96,27 @@ class Calls:
         self._launch(kernel, arguments, rows)
 
 
-def seconds_of(device: Device, launch: Callable[[], object]) -> float:
-    """Median seconds of work recorded by `launch`, replayed back to back."""
-    graphs: list[Graph] = []
-    with device.recording(graphs):
-        launch()
+def seconds_of(device: Device, work: Callable[[], object]) -> float:
+    """Median seconds of `work`, queued several times back to back."""
     times = []
     for _ in range(_TRIES + 1):
         start = time.perf_counter()
         for _ in range(_REPLAYS):
-            graphs[0].replay()
+            work()
         device.synchronize()
         times.append((time.perf_counter() - start) / _REPLAYS)
-    graphs[0].release()
     return statistics.median(times[1:])
 
 
-def launch_all(device: Device, calls: list[Call]) -> None:
-    for call in calls:
-        device.launch(call.operation, call.arguments, call.rows)
+def seconds_of_graph(device: Device, calls: list[Call]) -> float:
+    """Median seconds of these calls as one graph."""
+    graphs: list[Graph] = []
+    with device.recording(graphs):
+        for call in calls:
+            device.launch(call.operation, call.arguments, call.rows)
+    seconds = seconds_of(device, graphs[0].replay)
+    graphs[0].release()
+    return seconds
 
 
 def copy_bandwidth(device: Device) -> float:
@@ -128,8 +130,8 @@ def copy_bandwidth(device: Device) -> float:
     return 2 * nbytes / seconds
 
 
-def report(title: str, device: Device, calls: list[Call], limit: float, step: Callable[[], float]) -> None:
-    """One table: the operations of a step, their sum, the step as one graph, and the step as a worker runs it."""
+def report(title: str, device: Device, calls: list[Call], limit: float, step: float) -> None:
+    """A table: the operations of a step, their sum, the step as one graph, and as a worker runs it."""
     groups: dict[str, list[Call]] = {}
     for call in calls:
         groups.setdefault(call.name, []).append(call)
@@ -138,7 +140,7 @@ def report(title: str, device: Device, calls: list[Call], limit: float, step: Ca
         table.add_column(heading, justify="left" if heading == "operation" else "right")
     total = 0.0
     for name, members in groups.items():
-        seconds = seconds_of(device, lambda members=members: launch_all(device, members))
+        seconds = seconds_of_graph(device, members)
         total += seconds
         rates = ["", "", ""]
         if members[0].weights:
@@ -148,8 +150,8 @@ def report(title: str, device: Device, calls: list[Call], limit: float, step: Ca
         each = seconds / len(members)
         table.add_row(name, str(len(members)), f"{each * 1e6:.2f}", f"{seconds * 1e6:.0f}", *rates)
     table.add_section()
-    whole = seconds_of(device, lambda: launch_all(device, calls))
-    for name, seconds in (("sum", total), ("one graph", whole), ("worker's step", step())):
+    whole = seconds_of_graph(device, calls)
+    for name, seconds in (("sum", total), ("one graph", whole), ("worker's step", step)):
         rate = sum(call.weight_bytes for call in calls) / seconds
         table.add_row(
             name, str(len(calls)), "", f"{seconds * 1e6:.0f}", f"{rate / 1e9:.0f}", f"{rate / limit:.0%}"
@@ -175,10 +177,10 @@ def main() -> None:
     for n in options.sequences:
         seconds = bench.decode(n, _POSITION, 32)
         title = f"decoding {n} sequences"
-        report(title, device, calls.of_step(n, n), limit, lambda seconds=seconds: seconds)
+        report(title, device, calls.of_step(n, n), limit, seconds)
     if options.prompt:
         seconds = statistics.median(bench.step(1, prompt, 0) for _ in range(5))
-        report(f"a prompt of {prompt} tokens", device, calls.of_step(prompt, 1), limit, lambda: seconds)
+        report(f"a prompt of {prompt} tokens", device, calls.of_step(prompt, 1), limit, seconds)
     bench.worker.close()
 
 

@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     options = parser.parse_args()
 
-    bench = Bench(options.model, open_device(options.device), max(options.batches), options.prompt + 512, options.prompt)
+    bench = Bench(
+        options.model, open_device(options.device), max(options.batches), options.prompt + 512, options.prompt
+    )
     prompts = [bench.step(1, options.prompt, 0) for _ in range(5)]
     report = {
         "model": options.model.stem,

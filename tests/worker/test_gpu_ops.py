@@ -352,11 +352,12 @@ def test_rope_store(
     "sequences",
     [
         [range(299, 300)],
+        [range(2400, 2401), range(1151, 1152)],
         [range(1), range(255, 256), range(256, 257), range(511, 512)],
         [range(70)],
         [range(250, 290), range(30, 31), range(3), range(600, 601)],
     ],
-    ids=["decode", "decode many", "prompt", "both"],
+    ids=["decode", "decode long", "decode many", "prompt", "both"],
 )
 def test_attention(
     memory: GpuMemory,
@@ -367,7 +368,8 @@ def test_attention(
     head_dim: int,
     value_dim: int,
 ) -> None:
-    block_size, n_heads, table_width = 16, n_kv_heads * group, 40
+    block_size, n_heads = 16, n_kv_heads * group
+    table_width = max(40, *(sequence.stop // block_size + 1 for sequence in sequences))
     blocks = rng.permutation(len(sequences) * table_width + 7)
     tables = blocks[: len(sequences) * table_width].reshape(len(sequences), table_width).astype(np.int32)
     shape = (len(blocks), n_kv_heads, block_size)

@@ -86,7 +86,7 @@ class CudaDriver(Driver):
         major = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
         minor = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
         self.properties = DeviceProperties(
-            name=self.call(driver.cuDeviceGetName, 256, self._device).rstrip(b"\0").decode(),
+            name=self.call(driver.cuDeviceGetName, 256, self._device).partition(b"\0")[0].decode(),
             arch=f"sm_{major}{minor}",
             compute_units=self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
             wave_size=self._attribute(attribute.CU_DEVICE_ATTRIBUTE_WARP_SIZE),
