@@ -25,8 +25,9 @@ template <i32 type> struct Format;
 template <typename F> using Unpacked = decltype(F::unpack(typename F::Loaded(), 0));
 
 DEVICE inline const u8* bytes_of(const Matrix& w) { return (const u8*)w.data; }
-DEVICE inline Words4 load16(const u8* p) { return *(const Words4*)p; }
-DEVICE inline f16_bits load_half(const u8* p) { return *(const f16_bits*)p; }
+DEVICE inline Words4 load16(const u8* p) { return load((const Words4*)p); }
+DEVICE inline i8 load_byte(const u8* p) { return (i8)load(p); }
+DEVICE inline f16_bits load_half(const u8* p) { return load((const f16_bits*)p); }
 
 DEVICE inline float signed_byte(i32 word, i32 i) { return (float)(i32)(i8)(word >> (8 * i)); }
 
@@ -132,7 +133,7 @@ template <> struct Format<TYPE_Q6_K> {
     const u8* low = bytes_of(w) + block * 128 + part * 64 + half * 16;
     const u8* high = bytes_of(w) + n_blocks * 128 + block * 64 + part * 32 + half * 16;
     const u8* scales = bytes_of(w) + n_blocks * 192 + block * 16 + part * 8 + half;
-    return {load16(low), load16(low + 32), load16(high), {(i8)scales[0], (i8)scales[2], (i8)scales[4], (i8)scales[6]},
+    return {load16(low), load16(low + 32), load16(high), {load_byte(scales), load_byte(scales + 2), load_byte(scales + 4), load_byte(scales + 6)},
             load_half(bytes_of(w) + n_blocks * 208 + block * 2)};
   }
   DEVICE_MEMBER Chunk<4> unpack(const Loaded& from, i32) {
@@ -154,9 +155,9 @@ template <> struct Format<TYPE_Q6_K> {
 // Matrices of floats: one element, as float32.
 template <i32 type>
 DEVICE inline float float_weight(const Matrix& w, i64 index) {
-  if constexpr (type == TYPE_F32) return ((const float*)w.data)[index];
-  if constexpr (type == TYPE_F16) return half_to_float(((const f16_bits*)w.data)[index]);
-  return __builtin_bit_cast(float, (u32)((const u16*)w.data)[index] << 16);   // TYPE_BF16
+  if constexpr (type == TYPE_F32) return load((const float*)w.data + index);
+  if constexpr (type == TYPE_F16) return half_to_float(load((const f16_bits*)w.data + index));
+  return __builtin_bit_cast(float, (u32)load((const u16*)w.data + index) << 16);   // TYPE_BF16
 }
 
 constexpr bool is_quantized(i32 type) { return type != TYPE_F32 && type != TYPE_F16 && type != TYPE_BF16; }

@@ -20,6 +20,7 @@
 //   uniform(v)                v, which is the same in all lanes, kept once a wave where the hardware can
 //   atomic_add(p, v)          adds v to the integer *p, which is SHARED, and returns what was there
 //   dot4(a, b, c)             c + the sum of four products of signed bytes
+//   load(p)                   *p, a number or Words4 in the GPU's memory and not SHARED
 //   multiply_add(a, b, c)     a * b + c, rounded once
 //   half_to_float, float_to_half (round to nearest even), exp2_fast, log2_fast, reciprocal_square_root, reciprocal,
 //   round_even, absolute
@@ -27,6 +28,8 @@
 //   registers (OPERANDS_IN_REGISTERS) or stay where they are
 #pragma once
 #include "common/types.h"
+
+struct alignas(16) Words4 { u32 word[4]; };
 
 #if defined(__AMDGCN__)
 #include "hip/prelude_amd.h"
@@ -36,8 +39,6 @@
 #include "hip/prelude_host.h"
 #endif
 
-struct alignas(16) Words4 { u32 word[4]; };
-struct alignas(8) Words2 { u32 word[2]; };
 
 DEVICE inline i32 lane_index() { return thread_index() & (WAVE - 1); }
 DEVICE inline i32 wave_index() { return thread_index() / WAVE; }

@@ -8,8 +8,8 @@
 #define HAS_MFMA 1
 #endif
 
-// Where matrix results may be in ordinary registers, two waves a SIMD leave 256 of them to each and so keep results there:
-// nothing is copied to and from accumulation registers.
+// Where matrix results may be in ordinary registers, room for two waves a SIMD keeps them there: nothing is copied to and
+// from accumulation registers. (The compiler warns where shared memory leaves room for one.)
 #if defined(HAS_MFMA) && !defined(__gfx908__)
 #define REGISTER_BUDGET amdgpu_waves_per_eu(2)
 #else
@@ -67,6 +67,14 @@ DEVICE inline i32 dot4(i32 a, i32 b, i32 c) {
 #else
   return __builtin_amdgcn_sdot4(a, b, c, false);
 #endif
+}
+
+// Loads through generic addresses cost more, and not always can the compiler tell that an address is none.
+template <typename T>
+DEVICE inline T load(const T* p) { return *(const __attribute__((address_space(1))) T*)p; }
+DEVICE inline Words4 load(const Words4* p) {
+  typedef u32 Vector __attribute__((ext_vector_type(4)));
+  return __builtin_bit_cast(Words4, load((const Vector*)p));
 }
 
 DEVICE inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -50,6 +50,9 @@ static inline i32 dot4(i32 a, i32 b, i32 c) {
   for (i32 i = 0; i < 32; i += 8) c += (i32)(i8)(a >> i) * (i32)(i8)(b >> i);
   return c;
 }
+template <typename T>
+static inline T load(const T* p) { return *p; }
+
 static inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 static inline float half_to_float(f16_bits h) {
   _Float16 f;

@@ -41,6 +41,9 @@ DEVICE inline i32 dot4(i32 a, i32 b, i32 c) {
   return d;
 }
 
+template <typename T>
+DEVICE inline T load(const T* p) { return *p; }
+
 DEVICE inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE inline float half_to_float(f16_bits h) {
   float f;
