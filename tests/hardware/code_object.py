@@ -13,7 +13,15 @@ from typing import Any
 import msgpack
 from elftools.elf.elffile import ELFFile
 
-_SGPRS_OF_PROPERTY = (4, 2, 2, 2, 2, 2, 1)  # private segment buffer, dispatch, queue, kernarg, id, scratch, size
+_SGPRS_OF_PROPERTY = (
+    4,
+    2,
+    2,
+    2,
+    2,
+    2,
+    1,
+)  # private segment buffer, dispatch, queue, kernarg, id, scratch, size
 _KERNARG_PROPERTY = 3
 
 

@@ -3,8 +3,10 @@
     python tests/hardware/compile_kernels.py            # writes the document
     python tests/hardware/compile_kernels.py --check    # compares with it and writes nothing
 
-Fails on a compiler error, on scratch memory, on spilled vector registers, and on more shared memory than a kernel may have.
-The figures depend on the compiler: another one than the document's is held to the limits and the list of kernels alone.
+Fails on a compiler error, on scratch memory, on spilled vector registers, and on more shared memory than a
+kernel may have.
+The figures depend on the compiler: another one than the document's is held to the limits and the list of
+kernels alone.
 """
 
 from __future__ import annotations
@@ -31,23 +33,24 @@ from loader.quant_types import QuantType  # noqa: E402
 DOCUMENT = ROOT / "KERNELS.md"
 TARGETS = ("gfx906", "gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1151", "gfx1201")
 WEIGHT_TYPES = (
-    QuantType.F32, QuantType.F16, QuantType.BF16, QuantType.Q4_0, QuantType.Q8_0, QuantType.Q4_K, QuantType.Q6_K,
+    QuantType.F32, QuantType.F16, QuantType.BF16, QuantType.Q4_0, QuantType.Q8_0, QuantType.Q4_K,
+    QuantType.Q6_K,
 )  # fmt: skip
 #: Head and value dimensions, query heads of a cache head.
 HEADS = ((64, 64, 7), (80, 80, 4), (128, 128, 8), (256, 256, 4))
 
 LDS_BYTES = 64 * 1024
-#: Static shared memory of a workgroup on NVIDIA GPUs, whose kernels are laid out as those of this target are: 32 lanes,
-#: matrix operands of 4 registers.
+#: Static shared memory of a workgroup on NVIDIA GPUs, whose kernels are laid out as those of this target are:
+#: 32 lanes, matrix operands of 4 registers.
 NVIDIA_SHARED_BYTES, LIKE_NVIDIA = 48 * 1024, "gfx1201"
 
 _HEAD = """\
 # What the kernels take
 
-Every kernel of `kernels/hip` on every target: vector registers / scalar registers / bytes of local data share of a
-workgroup. No kernel uses scratch memory or spills vector registers; `+n` are scalar registers kept in lanes of vector
-registers. Formats are those of the weights; of attention, dimensions of a head's key and value and query heads of a
-cache head. Made by `tests/hardware/compile_kernels.py`.
+Every kernel of `kernels/hip` on every target: vector registers / scalar registers / bytes of local data
+share of a workgroup. No kernel uses scratch memory or spills vector registers; `+n` are scalar
+registers kept in lanes of vector registers. Formats are those of the weights; of attention, dimensions
+of a head's key and value and query heads of a cache head. Made by `tests/hardware/compile_kernels.py`.
 
 - compiler: {compiler}
 
@@ -91,7 +94,9 @@ def complaints(kernel: Kernel, form: str, target: str) -> list[str]:
     name = f"{kernel.name} {form} on {target}"
     found = []
     if kernel.scratch_bytes or kernel.spilled_vgprs:
-        found.append(f"{name} uses {kernel.scratch_bytes} bytes of scratch, spills {kernel.spilled_vgprs} registers")
+        found.append(
+            f"{name} uses {kernel.scratch_bytes} bytes of scratch, spills {kernel.spilled_vgprs} registers"
+        )
     allowed = NVIDIA_SHARED_BYTES if target == LIKE_NVIDIA else LDS_BYTES
     if kernel.lds_bytes > allowed:
         found.append(f"{name} takes {kernel.lds_bytes} bytes of local data share; {allowed} are allowed")

@@ -12,7 +12,8 @@ from pathlib import Path
 from worker.kernel_images import source_root
 
 _OFFLOAD_OPTIONS = (
-    "-x", "hip", "--cuda-device-only", "--no-gpu-bundle-output", "-nogpulib", "-nogpuinc", "-O3", "-std=c++17",
+    "-x", "hip", "--cuda-device-only", "--no-gpu-bundle-output", "-nogpulib", "-nogpuinc", "-O3",
+    "-std=c++17",
     "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unused-parameter", "-Wno-pass-failed",
 )  # fmt: skip
 
@@ -23,7 +24,7 @@ class CompileError(Exception):
 
 @cache
 def compiler() -> Path | None:
-    """clang 19 where it is installed: on PATH or where Debian puts it."""
+    """Clang 19 where it is installed: on PATH or where Debian puts it."""
     places = [shutil.which("clang-19"), "/usr/lib/llvm-19/bin/clang-19"]
     return next((Path(place) for place in places if place and os.access(place, os.X_OK)), None)
 

@@ -1,7 +1,10 @@
-"""An AMD GPU made of software: runs the machine code of kernels, instruction by instruction, on arrays of this process.
+"""An AMD GPU made of software: runs the machine code of kernels, instruction by instruction, on arrays of
+this process.
 
-The instructions are executed by the AMD emulator of a tinygrad checkout; see README.md. What is here is the part of a
-driver: it lays a code object in memory, fills the registers that a wave starts with, and starts the workgroups.
+The instructions are executed by the AMD emulator of a tinygrad checkout; see README.md. What is here is the
+part of a
+driver: it lays a code object in memory, fills the registers that a wave starts with, and starts the
+workgroups.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ _LDS_SHIFT, _LDS_MASK = 15, 0x1FF  # in COMPUTE_PGM_RSRC2
 _ROOM_BYTES, _ALIGNMENT = 64 << 20, 64  # room for the waves of many workgroups, used in turn
 _MAP_NORESERVE = 0x4000  # Linux; mmap names it from Python 3.12 on
 _NO_OPERATION = 0xBF800000  # s_nop 0
-#: Cache maintenance, which the emulator does not know and, its memory being coherent, does not need: words by target.
+#: Cache maintenance, which the emulator does not know and, its memory being coherent, does not need: words
+#: by target.
 _CACHE_INSTRUCTIONS = {
     "gfx1100": ((0xE0AC0000, 0), (0xE0B00000, 0)),  # buffer_gl1_inv, buffer_gl0_inv
     "gfx1201": ((0xEE0AC07C, None, 0), (0xEE0B007C, None, 0)),  # global_inv, global_wb
@@ -146,7 +150,8 @@ def _emulator() -> Any:
 def _give_room(emulator: Any) -> None:
     """Put registers and local data share where 4 GiB of readable memory follow.
 
-    In this emulator lanes that are switched off read memory too, wherever the 32 bits in their registers point.
+    In this emulator lanes that are switched off read memory too, wherever the 32 bits in their registers
+    point.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     room = ctypes.c_char.from_buffer(mmap.mmap(-1, _ROOM_BYTES + (1 << 32) + mmap.PAGESIZE, flags))

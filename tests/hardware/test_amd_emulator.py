@@ -1,4 +1,5 @@
-"""Every kernel of kernels/hip in every weight format, as machine code of three AMD architectures, against numpy.
+"""Every kernel of kernels/hip in every weight format, as machine code of three AMD architectures, against
+numpy.
 
 Needs a checkout with the emulator, named by AMD_EMULATOR: see README.md here.
 """
@@ -148,7 +149,9 @@ def quantization_error(out: Output, wanted: np.ndarray) -> float:
 
 def width_of(quant_type: QuantType, blocks_of_32: int, floats: int) -> int:
     """A width for a type: of float elements, of blocks of 32, or of two blocks of 256."""
-    return floats if quant_type in FLOAT_TYPES else 32 * blocks_of_32 if quant_type.block_elements == 32 else 512
+    return (
+        floats if quant_type in FLOAT_TYPES else 32 * blocks_of_32 if quant_type.block_elements == 32 else 512
+    )
 
 
 def record(table: EmulatedTable, gpu: EmulatedGpu, form: str, found: float, allowed: float) -> None:
@@ -281,7 +284,9 @@ def test_matmul(
     tiled, accumulate = bucket not in VECTOR_ROWS, bucket % 4 == 0
     x = Rows.random(rng, n, bucket, width)
     weights = [Weights.random(rng, quant_type, rows, width) for rows in ((70, 3) if tiled else (9, 2, 5))]
-    biases = [rng.standard_normal(len(w.values), np.float32) if m % 2 == 0 else None for m, w in enumerate(weights)]
+    biases = [
+        rng.standard_normal(len(w.values), np.float32) if m % 2 == 0 else None for m, w in enumerate(weights)
+    ]
     before = [rng.standard_normal((bucket, len(w.values)), np.float32) for w in weights]
     outputs = [Guarded.holding(b) if accumulate else Guarded(b.shape) for b in before]
     step = Step(n_tokens=n, n_sequences=1, n_outputs=n, reserved=0)
@@ -314,7 +319,12 @@ def test_swiglu(
     out = Output.make(n, n_hidden, spare_rows=bucket - n + 1)
     step = Step(n_tokens=n, n_sequences=1, n_outputs=0, reserved=0)
     arguments = SwigluArguments(
-        ctypes.addressof(step), x.argument(), gate.argument(gate_bias), up.argument(up_bias), out.argument(), width
+        ctypes.addressof(step),
+        x.argument(),
+        gate.argument(gate_bias),
+        up.argument(up_bias),
+        out.argument(),
+        width,
     )
     gpu.bucket = bucket
     gpu.launch("swiglu", bytes(arguments))
@@ -350,7 +360,11 @@ def test_attention(gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Genera
     tiled = any(len(positions) > 1 for positions in sequences)
     wanted = expected(q, cache, sequences, head_dim**-0.5)
     record(
-        table, gpu, f"{head_dim}/{value_dim}", quantization_error(out, wanted), FLOAT16 if tiled else 4 * FLOAT32
+        table,
+        gpu,
+        f"{head_dim}/{value_dim}",
+        quantization_error(out, wanted),
+        FLOAT16 if tiled else 4 * FLOAT32,
     )
 
 
@@ -364,7 +378,8 @@ SAMPLE_CASES = {
         Sampling(
             2**63 + 5, 2**30, temperature=0.75, top_k=40, top_p=0.9375, min_p=0.015625, repeat_penalty=1.25,
             presence_penalty=0.5, frequency_penalty=0.25,
-            adjustments=[(5, 1, 2, 0.5), (-1, 1, 1, 100.0), (600, 1, 1, 100.0), (7, 3, 0, 1.0), (9, 0, 0, 4.0)],
+            adjustments=[(5, 1, 2, 0.5), (-1, 1, 1, 100.0), (600, 1, 1, 100.0), (7, 3, 0, 1.0), (9, 0, 0,
+            4.0)],
         )
     ],
 }  # fmt: skip

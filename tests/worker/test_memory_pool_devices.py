@@ -1,4 +1,4 @@
-"""The pool, the upload and the cache on every real device of this machine."""
+"""The pool, the upload and the cache on every device of this machine, and on a stand-in AMD GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support import standin
 
 from loader.quant_types import QuantType
 from worker.configuration import PoolSettings, UploadSettings
@@ -22,7 +23,9 @@ SIZES = [3_000_001, 70_000, 4_096, 17, 1, 999_999]
 
 
 @pytest.fixture(params=["cpu", "hip", "cuda"])
-def device(request) -> Iterator[Device]:
+def device(request, monkeypatch) -> Iterator[Device]:
+    if request.param == "hip":
+        standin.activate(monkeypatch)
     try:
         opened = open_device(request.param)
     except DeviceError as error:
