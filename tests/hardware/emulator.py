@@ -144,6 +144,7 @@ def _emulator() -> Any:
         sys.path.insert(0, root)
     emulator = importlib.import_module("test.mockgpu.amd.emu")
     _give_room(emulator)
+    _widen_conversions(emulator)
     return emulator
 
 
@@ -167,3 +168,19 @@ def _give_room(emulator: Any) -> None:
         return make_buffer(device, size, dtype, options=options)
 
     emulator.Buffer = make
+
+
+def _widen_conversions(emulator: Any) -> None:
+    """Let CDNA's conversions from and to float16 use registers from 128 on.
+
+    Taken for 16 bits wide, as on RDNA3, such a number would mean the upper half of the register 128 below.
+    """
+    compile_instruction = emulator._INST_HANDLERS[emulator.irc.VOP1]
+
+    def widened(instruction: Any, context: Any) -> Any:
+        if emulator._op_name(instruction).startswith(("V_CVT_F16_F32", "V_CVT_F32_F16")):
+            bits = {**instruction.canonical_op_bits, "d": 32, "s0": 32}
+            instruction.__dict__["canonical_op_bits"] = bits
+        return compile_instruction(instruction, context)
+
+    emulator._INST_HANDLERS[emulator.irc.VOP1] = widened
