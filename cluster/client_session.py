@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterable
@@ -16,6 +17,9 @@ from cluster.requests import Increment, Request
 
 #: Called with each increment of a request, on the session's thread; must not block.
 Deliver = Callable[[Increment], object]
+
+#: Without its wrappers, one of which starts a new Ray when this process has left the one it was in.
+_get: Any = inspect.unwrap(ray.get)
 
 _POLL_S = 10.0
 _CLOSE_S = 60.0
@@ -91,7 +95,7 @@ class ClientSession:
     def _receive(self) -> None:
         try:
             while True:
-                for increment in ray.get(self.call("poll", _POLL_S)):
+                for increment in _get(self.call("poll", _POLL_S)):
                     self._deliver(increment)
         except Exception as error:
             self._end(_reason(error))
@@ -122,9 +126,9 @@ def end_coordinator(coordinator: Any) -> None:
 
 
 def ask(reference: Any) -> Any:
-    """`ray.get` that raises the error the actor raised, not Ray's wrapping of it."""
+    """`_get` that raises the error the actor raised, not Ray's wrapping of it."""
     try:
-        return ray.get(reference)
+        return _get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RedshardError):
             raise error.cause from None

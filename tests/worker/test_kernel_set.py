@@ -28,6 +28,7 @@ Q4_K, Q6_K = 12, 14
         ("matmul_tile", "TILE_THREADS", kernel_set._TILE_THREADS),
         ("attention", "ATTENTION_THREADS", kernel_set._ATTENTION_THREADS),
         ("attention", "PARTITION", kernel_set._PARTITION),
+        ("attention", "PARTITION_STRIDE", kernel_set._PARTITION_STRIDE),
         ("planes", "PLANES_THREADS", kernel_set._PLANES_THREADS),
         ("sample", "SAMPLE_THREADS", kernel_set._SAMPLE_THREADS),
     ],
@@ -63,13 +64,23 @@ def test_matrices_of_one_type_share_a_launch() -> None:
         (8, "matmul_vector_8", 1),
         (3, "matmul_tile_32", 1),
         (32, "matmul_tile_32", 1),
-        (33, "matmul_tile_64", 1),
+        (33, "matmul_tile_64_narrow", 1),
+        (64, "matmul_tile_64_narrow", 1),
         (65, "matmul_tile_64", 2),
     ],
 )
 def test_the_number_of_rows_decides_the_kernel(rows: int, kernel: str, tiles: int) -> None:
     (launch,) = launches("matmul", matrices(Q4_K), rows, 64)
     assert (launch.kernel, launch.grid[1]) == (kernel, tiles)
+
+
+def test_a_matrix_that_fills_a_gpu_takes_wide_tiles() -> None:
+    arguments = matrices(Q4_K)
+    for height, kernel in ((32_768, "matmul_tile_64_narrow"), (32_769, "matmul_tile_64")):
+        arguments.w[0].n_rows = height
+        (launch,) = launches("matmul", arguments, 64, 64)
+        assert launch.kernel == kernel
+        assert launch.grid[0] == -(-height // (32 if kernel.endswith("narrow") else 64))
 
 
 def test_every_row_of_a_matrix_is_covered() -> None:
@@ -88,7 +99,8 @@ def test_attention_of_one_row_needs_no_tiles() -> None:
     assert kernels == ["attention_vector", "attention_combine"]
     vector, tile, combine = launches("attention", arguments, 6, 32)
     partitions = -(-33 * 16 // kernel_set._PARTITION)
-    assert vector.grid == (6, 2, partitions)  # nine query heads are two groups
+    assert partitions <= kernel_set._PARTITION_STRIDE
+    assert vector.grid == (6, 3, partitions)  # nine query heads are three groups
     assert tile.grid[:2] == (3, 9)
     assert combine.grid[:2] == (6, -(-9 * 64 // combine.threads))
 
