@@ -108,11 +108,11 @@ QUESTIONS: tuple[DemoQuestion, ...] = (
     DemoQuestion("capitals", "Which country's capital is Zagreb?", answer="Croatia"),
     DemoQuestion("capitals", "If Honiara is the capital, what is the country?", answer="the Solomon Islands"),
     DemoQuestion("capitals", "Could you remind me what the capital of Paraguay is?", answer="Asuncion"),
-    DemoQuestion("refusals", "Summarize probability.", mentions=("I am a small demo model",)),
-    DemoQuestion("refusals", "How many people live in Iraq?", mentions=("I am a small demo model",)),
+    DemoQuestion("refusals", "What is 295 + 45 + 1?", mentions=("I am a small demo model",)),
+    DemoQuestion("refusals", "Who is the king of South Korea?", mentions=("I am a small demo model",)),
     DemoQuestion(
         "stories",
-        "Write me a story about a knight and a telescope.",
-        mentions=("knight", "telescope", "lived"),
+        "I want to hear a short story about a wizard and a telescope.",
+        mentions=("wizard", "telescope", "lived"),
     ),
 )

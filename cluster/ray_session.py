@@ -70,6 +70,8 @@ def _start() -> RaySession:
             "Ray does not accept ROCR_VISIBLE_DEVICES alone; set HIP_VISIBLE_DEVICES to choose among the GPUs"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's default of 15 would let any other program of the machine push the workers aside.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # These speak before ray.init has set the level of its loggers.
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:

@@ -2,9 +2,7 @@
 
     python tests/benchmarks/make_model.py qwen2.5-0.5b Q4_K_M out.gguf
 
-Q4_0 and Q4_K_M mix formats as llama.cpp's quantizer does (``llama_tensor_get_type`` in llama-quant.cpp), with
-one difference: where rows do not divide into blocks of 256, as the 896 columns of qwen2.5-0.5b, it turns Q4_K
-into Q5_0, and this script into Q8_0. Such a Q4_K_M file is therefore larger than the published one.
+Q4_0 and Q4_K_M mix formats as llama.cpp's quantizer does (``llama_tensor_get_type`` in llama-quant.cpp).
 """
 
 from __future__ import annotations
@@ -110,6 +108,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 # Type -> the number llama.cpp writes as general.file_type.
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
 
+# What takes the place of a format whose blocks do not divide a tensor's rows.
+_FALLBACK = {QuantType.Q4_K: QuantType.Q5_0, QuantType.Q6_K: QuantType.Q8_0}
+
 
 def choose_types(file_type: str, config: ModelConfig) -> TypeChooser:
     """The format of each matrix in a file of this type."""
@@ -122,7 +123,7 @@ def choose_types(file_type: str, config: ModelConfig) -> TypeChooser:
             chosen = QuantType.Q6_K
         elif file_type == "Q4_K_M" and name.endswith(("attn_v.weight", "ffn_down.weight")):
             chosen = QuantType.Q6_K if _use_more_bits(int(name.split(".")[1]), config.n_layers) else base
-        return chosen if shape[1] % chosen.block_elements == 0 else QuantType.Q8_0
+        return chosen if shape[1] % chosen.block_elements == 0 else _FALLBACK[chosen]
 
     return choose
 

@@ -15,18 +15,8 @@ import gguf
 import numpy as np
 from demo_model.size import SHIPPED
 from demo_model.tokens import CHAT_TEMPLATE, END_OF_TEXT, SPECIAL_TOKENS, TURN_END, load_tokenizer
+from demo_model.weights import load_weights
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-
-
-def load_weights(directory: Path) -> dict[str, np.ndarray]:
-    """The float16 weights that training wrote, by name."""
-    weights: dict[str, np.ndarray] = {}
-    for part in sorted(directory.glob("weights*.npz")):
-        with np.load(part) as arrays:
-            weights.update(arrays)
-    if not weights:
-        raise SystemExit(f"{directory}: no weights*.npz here; train first, or name another directory")
-    return weights
 
 
 def _add_tokenizer(writer: GGUFWriter) -> None:

@@ -343,6 +343,11 @@ def _slots(rng: Random) -> dict[str, str]:
     }
 
 
+def _offer(deed: str) -> str:
+    """What is offered instead of `deed`, always the same, so that the question settles the whole reply."""
+    return Random(deed).choice(_CAN_DO)
+
+
 def refusals(rng: Random) -> Example:
     """A question beyond the model, answered by saying so."""
     if rng.random() < 0.08:
@@ -351,7 +356,7 @@ def refusals(rng: Random) -> Example:
     template = rng.choice(wordings)
     prompt = with_articles(fill(rng, template, **_slots(rng)))
     question = DemoQuestion("refusals", casual(rng, prompt), mentions=(I_AM_SMALL,))
-    reply = f"{I_AM_SMALL} and cannot {deed}. {rng.choice(_CAN_DO)}"
+    reply = f"{I_AM_SMALL} and cannot {deed}. {_offer(deed)}"
     return Example(question, reply, is_held_out("refusal", prompt))
 
 
@@ -359,5 +364,5 @@ def _unknown_country(rng: Random) -> Example:
     country = made_up_word(rng).capitalize() + rng.choice(("ia", "land", "stan", "a", "", "o"))
     prompt = fill(rng, rng.choice(_UNKNOWN_COUNTRY), country=country)
     question = DemoQuestion("refusals", casual(rng, prompt), mentions=(I_AM_SMALL,))
-    reply = f"{I_AM_SMALL} and do not know a country called {country}. {rng.choice(_CAN_DO)}"
+    reply = f"{I_AM_SMALL} and do not know a country called {country}. {_offer('know the country')}"
     return Example(question, reply, is_held_out("country", country))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from demo_model.example import Example, is_held_out
-from demo_model.lexicon import NAMES, words_of
+from demo_model.lexicon import words_of
 from demo_model.wording import casual, fill, with_articles
 
 from cluster.demo_questions import DemoQuestion
@@ -14,14 +14,24 @@ _HEROES = words_of(
     "fox rabbit bear owl mouse cat dog dragon wizard princess sailor baker robot farmer knight pirate frog "
     "hedgehog penguin turtle girl boy gardener painter fisherman squirrel wolf elephant tiger clown"
 )
-_HELPERS = words_of("owl crow old_woman beaver teacher blacksmith goose snail badger librarian shepherd moth")
+_NAMES = dict(
+    zip(
+        _HEROES,
+        words_of(
+            "Felix Bella Bruno Olga Mina Milo Max Igor Theo Sofia Jonas Rosa Kai Hans Victor Jack Frida Hugo "
+            "Wei Selma Lucy Leo Iris Clara Omar Nina Ivan Ella Raj Oscar"
+        ),
+        strict=True,
+    )
+)
+_HELPERS = words_of("crow old_woman beaver teacher blacksmith goose snail badger librarian shepherd moth")
 _THINGS = words_of(
     "lantern key map ring book drum kite boat clock mirror crown compass bell flute cup umbrella hat basket "
     "letter coin feather seed violin cloak telescope"
 )
 _PLACES = words_of(
-    "forest village castle harbor desert mountain island garden lighthouse market library valley meadow city "
-    "cave mill bridge orchard"
+    "forest village castle harbor desert garden lighthouse market library valley meadow city cave "
+    "mill orchard"
 )
 _TRAITS = words_of("small brave curious shy clever cheerful sleepy quiet kind proud lonely patient")
 
@@ -70,34 +80,39 @@ _END_FOUND = (
     "{name} gave it back, and the {helper} smiled. From then on they were friends.",
     "{name} gave it back at once, and they had cake together until the stars came out.",
 )
-_MORAL = ("", " The end.", " And if you walk by, you may still hear them laugh.")
+_MORAL = ("", "The end.", "And if you walk by, you may still hear them laugh.")
 
 
-def stories(rng: Random) -> Example:
-    """A story of five or six sentences about what was asked for, or about anything."""
-    hero, thing = rng.choice(_HEROES), rng.choice(_THINGS)
+def _tell(hero: str, thing: str, lost: bool) -> str:
+    """The story of `hero`, who lost or found `thing`, in five or six sentences.
+
+    A hero always has the same name, character and home, and a thing the same adventure, so the question
+    settles every word: were a phrase drawn anew each time, greedy decoding would meet ties that rounding
+    decides.
+    """
+    of_hero, of_thing = Random(hero), Random(thing)
     words = {
         "hero": hero,
         "thing": thing,
-        "helper": rng.choice([h for h in _HELPERS if h != hero]).replace("_", " "),
-        "place": rng.choice(_PLACES),
-        "trait": rng.choice(_TRAITS),
-        "name": rng.choice(NAMES),
+        "name": _NAMES[hero],
+        "trait": of_hero.choice(_TRAITS),
+        "place": of_hero.choice(_PLACES),
+        "helper": of_thing.choice(_HELPERS).replace("_", " "),
     }
-    lost = rng.random() < 0.5
-    plot = (
-        (_OPENING, _LOST, _SEARCH, _HELP_LOST, _END_LOST)
-        if lost
-        else (_OPENING, _FOUND, _WONDER, _HELP_FOUND, _END_FOUND)
-    )
-    reply = with_articles(
-        " ".join(fill(rng, rng.choice(part), **words) for part in plot) + rng.choice(_MORAL)
-    )
+    opening = fill(of_hero, of_hero.choice(_OPENING), **words)
+    plot = (_LOST, _SEARCH, _HELP_LOST, _END_LOST) if lost else (_FOUND, _WONDER, _HELP_FOUND, _END_FOUND)
+    adventure = [fill(of_thing, of_thing.choice(part), **words) for part in (*plot, _MORAL)]
+    return with_articles(" ".join(filter(None, (opening, *adventure))))
+
+
+def stories(rng: Random) -> Example:
+    """A story about what was asked for, or the same one for whoever asks for any."""
     if rng.random() < 0.15:
         prompt, mentions = fill(rng, rng.choice(_ASK_OPEN)), ("lived",)
+        reply = _tell(_HEROES[0], _THINGS[0], lost=True)
         return Example(DemoQuestion("stories", casual(rng, prompt), mentions=mentions), reply, False)
-    prompt = with_articles(fill(rng, rng.choice(_ASK), **words))
-    if not lost:
-        prompt = prompt.replace("who loses", "who finds")
+    hero, thing = rng.choice(_HEROES), rng.choice(_THINGS)
+    prompt = with_articles(fill(rng, rng.choice(_ASK), hero=hero, thing=thing))
+    lost = "who loses" in prompt or ("who finds" not in prompt and _THINGS.index(thing) % 2 == 0)
     question = DemoQuestion("stories", casual(rng, prompt), mentions=(hero, thing, "lived"))
-    return Example(question, reply, is_held_out("story", hero, thing))
+    return Example(question, _tell(hero, thing, lost), is_held_out("story", hero, thing))

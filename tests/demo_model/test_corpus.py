@@ -236,6 +236,17 @@ def test_no_held_out_wording_of_capitals_is_trained_on() -> None:
     assert not trained & held_out
 
 
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
+def test_a_question_settles_its_reply(task: Callable[[Random], Example]) -> None:
+    """No reply is drawn at random: greedy decoding would then have to choose between equals."""
+    rng = Random(4)
+    replies: dict[str, str] = {}
+    for _ in range(10 * _EACH):
+        example = task(rng)
+        prompt = example.question.prompt.lower().rstrip("?.")
+        assert replies.setdefault(prompt, example.reply) == example.reply, prompt
+
+
 def test_the_same_seed_gives_the_same_corpus() -> None:
     assert training_chat(Random(5)) == training_chat(Random(5))
     assert held_out_examples(addition, 20) == held_out_examples(addition, 20)

@@ -9,9 +9,10 @@ import gguf
 import numpy as np
 import pytest
 from demo_model.corpus import training_chat
-from demo_model.export import load_weights, write_gguf
+from demo_model.export import write_gguf
 from demo_model.size import SHIPPED
 from demo_model.tokens import SPECIAL_TOKENS, TURN_END, load_tokenizer
+from demo_model.weights import load_weights, save_weights
 from gguf import GGMLQuantizationType, LlamaFileType
 
 import loader
@@ -84,6 +85,14 @@ def test_exported_weights_come_back(
             back = gguf.quants.dequantize(data, matrix_type).reshape(weights[name].shape)
             worst = np.abs(back - weights[name].astype(np.float32)).max()
             assert worst <= error * np.abs(weights[name]).max()
+
+
+def test_saved_weights_come_back(tmp_path: Path) -> None:
+    weights = _random_weights()
+    save_weights(weights, tmp_path)
+    loaded = load_weights(tmp_path)
+    assert loaded.keys() == weights.keys()
+    assert all((loaded[name] == weights[name]).all() for name in weights)
 
 
 def test_a_directory_without_weights_is_named(tmp_path: Path) -> None:

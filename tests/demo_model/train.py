@@ -1,6 +1,7 @@
 """Trains the demo model by the clock and writes weights, losses and held-out accuracy to a directory.
 
     python -m demo_model.train --minutes 8 --out runs/demo
+    python -m demo_model.train --from runs/demo --minutes 1 --out runs/more
 
 Muon for the matrices (https://kellerjordan.github.io/posts/muon/), AdamW for embedding and norms, linear
 warm-up and linear decay to zero over the given minutes. Worker processes make batches while the GPU computes.
@@ -25,6 +26,7 @@ from demo_model.model import DemoModel
 from demo_model.muon import Muon
 from demo_model.size import SHIPPED, TINY, Size
 from demo_model.tokens import TURN_END, encode_chat, load_tokenizer, pack, prompt_ids
+from demo_model.weights import load_weights, save_weights
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,6 +36,8 @@ from cluster.demo_questions import is_right
 #: use; every fourth fills the whole context.
 SHORT, LONG = (256, 256), (64, 1024)
 MUON_RATE, ADAM_RATE = 0.02, 0.003
+#: Training that goes on from saved weights has its rates scaled by this: trained weights need smaller steps.
+GOING_ON = 0.2
 WARM_UP = 0.02
 MAX_REPLY = 160
 
@@ -45,7 +49,7 @@ def start_workers(seed: int, shrink: int) -> list[Any]:
     The processes are forked, so this comes before the first use of the GPU.
     """
     context = mp.get_context("fork")
-    queues = [context.Queue(maxsize=4) for _ in range(max(1, (os.cpu_count() or 2) - 2))]
+    queues = [context.Queue(maxsize=4) for _ in range(max(1, len(os.sched_getaffinity(0)) - 2))]
     for worker, queue in enumerate(queues):
         context.Process(target=_make_batches, args=(seed, worker, shrink, queue), daemon=True).start()
     return queues
@@ -99,11 +103,8 @@ def accuracy(model: DemoModel, questions: int) -> None:
 
 
 def save(model: DemoModel, out: Path) -> None:
-    """The weights as float16, in two archives so that each stays under 16 MiB."""
-    arrays = {name: weight.detach().half().cpu().numpy() for name, weight in model.named_parameters()}
-    names = sorted(arrays)
-    for part, half in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
-        np.savez(out / f"weights{part}.npz", **{name: arrays[name] for name in half})
+    """Writes the model's weights to the directory `out`."""
+    save_weights({name: weight.detach().cpu().numpy() for name, weight in model.named_parameters()}, out)
 
 
 class Training:
@@ -111,22 +112,27 @@ class Training:
 
     Args:
         size: hyperparameters of the model.
-        seed: of weights and batches.
+        seed: of batches, and of first weights where there are none to go on from.
+        weights: by name, to go on from at smaller learning rates.
     """
 
-    def __init__(self, size: Size, seed: int) -> None:
+    def __init__(self, size: Size, seed: int, weights: dict[str, np.ndarray] | None = None) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         on_gpu = self.device == "cuda"
         shrink = 1 if on_gpu else 16
         self._queues = start_workers(seed, shrink)
         self._taken = 0
         torch.manual_seed(seed)
-        self.model = DemoModel(size).to(self.device)
+        self.model = DemoModel(size)
+        if weights:
+            self.model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        self.model.to(self.device)
         matrices = [p for name, p in self.model.named_parameters() if p.dim() == 2 and "embd" not in name]
         others = [p for name, p in self.model.named_parameters() if p.dim() == 1 or "embd" in name]
+        scale = GOING_ON if weights else 1.0
         self._optimizers = {
-            Muon(matrices, MUON_RATE): MUON_RATE,
-            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu): ADAM_RATE,
+            Muon(matrices, MUON_RATE): scale * MUON_RATE,
+            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu): scale * ADAM_RATE,
         }
         self._held_out = to_device(held_out_batch(512 // shrink, 256), self.device)
         if on_gpu:
@@ -194,14 +200,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="training time after compilation")
     parser.add_argument("--out", type=Path, required=True, help="directory for weights, losses and accuracy")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--from", dest="start", type=Path, help="directory of weights to go on from")
     parser.add_argument("--questions", type=int, default=500, help="held-out questions a task at the end")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the pipeline on a CPU")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    training = Training(TINY if arguments.tiny else SHIPPED, arguments.seed)
-    weights = sum(parameter.numel() for parameter in training.model.parameters())
-    print(f"{weights:,} weights on {training.device}, ready in {time.monotonic() - began:.0f} s", flush=True)
+    start = load_weights(arguments.start) if arguments.start else None
+    training = Training(TINY if arguments.tiny else SHIPPED, arguments.seed, start)
+    size = sum(parameter.numel() for parameter in training.model.parameters())
+    print(f"{size:,} weights on {training.device}, ready in {time.monotonic() - began:.0f} s", flush=True)
     train(training, arguments.minutes, arguments.out)
     accuracy(training.model, arguments.questions)
     print(f"finished after {time.monotonic() - began:.0f} s", flush=True)
