@@ -19,8 +19,8 @@ from loader.tokenizer import Tokenizer
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
 from worker.forward import StagePart
+from worker.handoff import HandoffType
 from worker.kv_cache import DEFAULT_BLOCK_SIZE
-from worker.stage import HandoffType
 from worker.step_inputs import StepLimits
 from worker.weight_types import WeightTypeError, check_weight_types
 from worker.worker import WorkerStats

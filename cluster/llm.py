@@ -32,7 +32,7 @@ from loader.model_path import find_model
 from loader.tokenizer import Tokenizer
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
-from worker.stage import HandoffType
+from worker.handoff import HandoffType
 from worker.weight_types import check_weight_types
 
 DEFAULT_STEP_TOKENS = 512

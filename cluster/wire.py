@@ -10,17 +10,20 @@ import struct
 
 import numpy as np
 
+from worker.handoff import Hidden, InSlot
 from worker.step_batch import ADJUSTMENT_DTYPE, SAMPLING_ROW_DTYPE, StepBatch, StepResult
 
 _BATCH = struct.Struct("=q10i")  # a multiple of 8 bytes: sampling rows, which come next, are aligned to 8
 _RESULT = struct.Struct("=q4i")
+_IN_SLOT = -1
 
 
-def encode_batch(batch: StepBatch, hidden: np.ndarray | None = None) -> bytes:
-    """A step on its way to a stage, with the hidden states (n_tokens, width) that the stage before gave.
+def encode_batch(batch: StepBatch, hidden: Hidden | None = None) -> bytes:
+    """A step on its way to a stage, with the hidden states that the stage before gave.
 
-    They are float32 or float16 and keep their type.
+    Arrays (n_tokens, width) are float32 or float16 and keep their type.
     """
+    array = hidden if isinstance(hidden, np.ndarray) else np.empty((0, 0), np.float32)
     header = _BATCH.pack(
         batch.step_id,
         len(batch.token_ids),
@@ -31,8 +34,7 @@ def encode_batch(batch: StepBatch, hidden: np.ndarray | None = None) -> bytes:
         len(batch.adjustments),
         batch.n_top,
         batch.return_logits,
-        0 if hidden is None else hidden.shape[1],
-        0 if hidden is None else hidden.itemsize,
+        *((_IN_SLOT, hidden.slot) if isinstance(hidden, InSlot) else (array.shape[1], array.itemsize)),
     )
     arrays = (
         batch.sampling,
@@ -42,26 +44,25 @@ def encode_batch(batch: StepBatch, hidden: np.ndarray | None = None) -> bytes:
         batch.query_starts,
         batch.block_tables,
         batch.output_rows,
+        array,
     )
-    parts = [header, *(array.tobytes() for array in arrays)]
-    if hidden is not None:
-        parts.append(np.ascontiguousarray(hidden).tobytes())
-    return b"".join(parts)
+    return b"".join([header, *(array.tobytes() for array in arrays)])
 
 
-def decode_batch(message: bytes) -> tuple[StepBatch, np.ndarray | None]:
+def decode_batch(message: bytes) -> tuple[StepBatch, Hidden | None]:
     """The step and the hidden states of `encode_batch`."""
     (
         step_id,
         n_tokens,
         n_sequences,
-        width,
+        table_width,
         n_outputs,
         n_sampling,
         n_adjustments,
         n_top,
         logits,
-        *hidden_shape,
+        width,
+        itemsize,
     ) = _BATCH.unpack_from(message)
     reader = _Reader(message, _BATCH.size)
     sampling = reader.take(n_sampling, SAMPLING_ROW_DTYPE)
@@ -71,17 +72,18 @@ def decode_batch(message: bytes) -> tuple[StepBatch, np.ndarray | None]:
         token_ids=reader.take(n_tokens, np.int32),
         positions=reader.take(n_tokens, np.int32),
         query_starts=reader.take(n_sequences + 1, np.int32),
-        block_tables=reader.take(n_sequences * width, np.int32).reshape(n_sequences, width),
+        block_tables=reader.take(n_sequences * table_width, np.int32).reshape(n_sequences, table_width),
         output_rows=reader.take(n_outputs, np.int32),
         sampling=sampling,
         adjustments=adjustments,
         n_top=n_top,
         return_logits=bool(logits),
     )
-    n_embd, itemsize = hidden_shape
-    if not n_embd:
+    if width == _IN_SLOT:
+        return batch, InSlot(itemsize)
+    if width == 0:
         return batch, None
-    return batch, reader.take(n_tokens * n_embd, np.dtype(f"f{itemsize}")).reshape(n_tokens, n_embd)
+    return batch, reader.take(n_tokens * width, np.dtype(f"f{itemsize}")).reshape(n_tokens, width)
 
 
 def encode_result(result: StepResult) -> bytes:

@@ -25,7 +25,7 @@ from cluster.stage_actor import DeviceReport, StageActor
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
 from worker.forward import StagePart
-from worker.stage import HandoffType
+from worker.handoff import HandoffType
 from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits
 from worker.worker import WorkerStats
@@ -85,7 +85,8 @@ class WorkerGroup:
         self._placement = _place([self._bundle] * n_stages)
         nodes = placement_group_table(self._placement)["bundles_to_node_id"]
         stages_on = Counter(nodes.values())
-        self._n_neighbours = [stages_on[nodes[stage]] for stage in range(n_stages)]
+        self._nodes = [nodes[stage] for stage in range(n_stages)]
+        self._n_neighbours = [stages_on[node] for node in self._nodes]
         self._actors = [self._start(stage) for stage in range(n_stages)]
         self.reports = self._open_devices()
 
@@ -221,7 +222,31 @@ class WorkerGroup:
             raise PipelineError(f"a worker died while it loaded: {_cause(error)}") from error
 
     def _connect(self) -> None:
+        try:
+            self._connect_devices()
+        except ray.exceptions.RayError as error:
+            raise PipelineError(f"a worker died while the stages were connected: {_cause(error)}") from error
         self._pipeline = Pipeline(self._actors, self._max_in_flight, self._deadline_s)
+
+    def _connect_devices(self) -> None:
+        """Let neighbouring GPUs of one node hand over through device memory, where that works.
+
+        A replaced stage has another inbox, so all that there were before are let go of.
+        """
+        deadline_s = self._configuration.deadlines.copy_s
+        for stage in range(self.n_stages - 1):
+            if not self._share_a_host(stage, stage + 1):
+                continue
+            sender, receiver = self._actors[stage : stage + 2]
+            probe = sender.connect.remote(receiver.open_inbox.remote(self._max_in_flight))
+            if not ray.get(receiver.finds.remote(probe), timeout=deadline_s):
+                logger.warning("stages %d and %d hand over through host memory", stage, stage + 1)
+                ray.get(sender.disconnect.remote(), timeout=deadline_s)
+
+    def _share_a_host(self, stage: int, other: int) -> bool:
+        """Whether two stages are GPUs of one kind on one node."""
+        kinds = {self.reports[stage].kind, self.reports[other].kind}
+        return len(kinds) == 1 and "cpu" not in kinds and self._nodes[stage] == self._nodes[other]
 
     def _lost_stages(self, timed_out: bool) -> list[int]:
         """Stages that do not answer; after a timeout also those that are still in a step."""

@@ -10,13 +10,12 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from worker.configuration import WorkerConfiguration
 from worker.device.base import DeviceError
 from worker.device.choose import DeviceKind, open_device
 from worker.forward import StagePart
-from worker.stage import HandoffType
+from worker.handoff import HandoffType, Hidden, InboxOffer
+from worker.packing import PoolError
 from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits
 from worker.worker import Worker, WorkerStats
@@ -84,7 +83,7 @@ class GpuWorker:
         """(bytes uploaded, bytes in total); may be called while `load` runs. (0, 0) before it begins."""
         return self._progress
 
-    def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
+    def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
         """One step; as `Stage.run`, except that a device that fails ends the process.
 
         After most failures a runtime answers every call of the process with the same error. Whoever watches
@@ -97,6 +96,33 @@ class GpuWorker:
             for handler in logging.getLogger().handlers:
                 handler.flush()
             os._exit(EXIT_DEVICE_FAILED)
+
+    def open_inbox(self, n_slots: int) -> InboxOffer | None:
+        """As `Handoff.open_inbox`; None where that is impossible."""
+        try:
+            return self._worker.handoff.open_inbox(n_slots)
+        except (DeviceError, PoolError) as error:
+            logger.warning("hidden states come in through host memory: %s", error)
+            return None
+
+    def connect(self, offer: InboxOffer | None) -> bytes:
+        """As `Handoff.connect`; nothing, and the way through host memory, where that is impossible."""
+        handoff = self._worker.handoff
+        try:
+            if offer is not None:
+                return handoff.connect(offer)
+            handoff.disconnect()
+        except DeviceError as error:
+            logger.warning("hidden states leave through host memory: %s", error)
+        return b""
+
+    def finds(self, probe: bytes) -> bool:
+        """Whether what `connect` gave on the stage before has arrived; False for nothing."""
+        return bool(probe) and self._worker.handoff.finds(probe)
+
+    def disconnect(self) -> None:
+        """Send hidden states through host memory from now on."""
+        self.connect(None)
 
     def memory_map(self) -> dict[str, Any]:
         """What is allocated on the device, as plain dicts, lists, numbers and strings."""

@@ -1,7 +1,7 @@
 """Some layers of a model on one device: recorded once, replayed for every step.
 
 The first stage embeds tokens, the last one samples or gives logits; in between, the residual stream is handed
-over as rows of float32 (or float16). A step is one copy of its inputs, a few graph replays, one copy out and
+over (`worker.handoff`). A step is one copy of its inputs, a few graph replays, one copy out and
 one synchronize: no device allocation, and no Python for each operation.
 """
 
@@ -12,7 +12,6 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 
@@ -22,14 +21,12 @@ from worker import ops
 from worker.arguments import MAX_TOP_LOGPROBS
 from worker.device.base import Device, Graph, HostBuffer
 from worker.forward import Arena, ForwardPass, StageWeights, lay_out
+from worker.handoff import Handoff, HandoffType, Hidden
 from worker.kv_cache import KVCache, KVCacheLayout, LayerShape
 from worker.memory_pool import GROUP_ALIGNMENT, MemoryPool
 from worker.sampler import SampleOutputs, logits_result
 from worker.step_batch import ADJUSTMENT_DTYPE, StepBatch, StepResult
 from worker.step_inputs import BatchError, InputLayout, StepInputs, StepLimits
-
-#: float16 halves the traffic between stages, but overflows on models whose residual stream exceeds 65504.
-HandoffType = Literal["float32", "float16"]
 
 #: A graph for each bucket of rows, ascending.
 Graphs = dict[int, Graph]
@@ -44,6 +41,9 @@ class Stage:
         limits: the largest step.
         freq_factors: float32 (n_rot / 2,), the model's divisors of the rotary frequencies, if it has any.
         handoff: element type of hidden states between stages.
+
+    Attributes:
+        handoff: how hidden states come in and leave; through host memory, unless connected otherwise.
 
     Raises:
         PoolError: the device has no room.
@@ -62,7 +62,6 @@ class Stage:
         self._part = weights.part
         self._pool, self._device, self._config = pool, pool.device, weights.config
         config = weights.config
-        self._handoff = np.dtype(handoff)
         self._guard = pool.watchdog.guard("a step", pool.deadlines.step_s)
         self._outputs = SampleOutputs(limits.max_outputs)
         self._host_buffers: list[HostBuffer] = []
@@ -82,17 +81,19 @@ class Stage:
         self._at = lay_out(arena, weights, limits, scratch_bytes(self._device, config, limits))
         row_nbytes = max(4 * config.n_vocab, self._outputs.nbytes(n_top=1)) if self._part.is_last else 0
         self._staging = self._allocate_host(max(4 * limits.max_tokens * config.n_embd, row_nbytes))
+        # The residual stream is the first in the arena.
+        self.handoff = Handoff(pool, self._arena, self._staging, limits.max_tokens, config.n_embd, handoff)
         self._record(weights, layout)
 
-    def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
+    def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
         """Run one step and wait for it.
 
         Args:
             batch: the step.
-            hidden: (n_tokens, n_embd), what the stage before gave; None on the first stage.
+            hidden: what the stage before gave; None on the first stage.
 
         Returns:
-            Hidden states for the next stage, (n_tokens, n_embd) of the handoff type; or the result.
+            Hidden states for the next stage, or the result.
 
         Raises:
             BatchError: the batch contradicts itself or exceeds the limits; nothing was run.
@@ -101,14 +102,18 @@ class Stage:
         with self._guard:
             nbytes = self._inputs.pack(batch, self._part.is_last)
             n_tokens = len(batch.token_ids)
-            self._take_over(hidden, n_tokens)
+            if self._part.is_first != (hidden is None):
+                raise BatchError("hidden states go into every stage but the first")
+            if hidden is not None:
+                self.handoff.take(hidden, n_tokens)
             self._device.copy_in(self._input_buffer.address, self._input_staging, nbytes)
             if self._layer_graphs:
                 _replay(self._layer_graphs, n_tokens)
-            return self._finish(batch) if self._part.is_last else self._hand_off(n_tokens)
+            return self._finish(batch) if self._part.is_last else self.handoff.send(n_tokens)
 
     def close(self) -> None:
-        """Release graphs and staging memory. Idempotent; device memory goes with the pool."""
+        """Release graphs, staging memory and the next stage's inbox. Idempotent; the pool frees the rest."""
+        self.handoff.disconnect()
         for graphs in (self._layer_graphs, self._logits_graphs, *self._sample_graphs.values()):
             for graph in graphs.values():
                 graph.release()
@@ -176,25 +181,6 @@ class Stage:
             with self._device.recording(graphs):
                 launch(rows)
         return dict(zip(buckets, graphs, strict=True))
-
-    def _take_over(self, hidden: np.ndarray | None, n_tokens: int) -> None:
-        """Bring the residual stream of the stage before onto the device."""
-        if self._part.is_first != (hidden is None):
-            raise BatchError("hidden states go into every stage but the first")
-        if hidden is None:
-            return
-        expected = (n_tokens, self._config.n_embd)
-        if hidden.shape != expected or hidden.dtype != self._handoff:
-            raise BatchError(
-                f"hidden states are {hidden.dtype} {hidden.shape}, but must be {self._handoff} {expected}"
-            )
-        self._staged(hidden.shape)[:] = hidden
-        self._device.copy_in(self._at.hidden, self._staging, 4 * hidden.size)
-
-    def _hand_off(self, n_tokens: int) -> np.ndarray:
-        shape = (n_tokens, self._config.n_embd)
-        self._copy_out(self._at.hidden, 4 * math.prod(shape))
-        return self._staged(shape).astype(self._handoff)
 
     def _finish(self, batch: StepBatch) -> StepResult:
         """Sample the output rows, or read their logits."""

@@ -16,9 +16,10 @@ from loader.units import format_bytes
 from worker.configuration import WorkerConfiguration
 from worker.device.base import Device
 from worker.forward import StagePart, StageWeights
+from worker.handoff import Handoff, HandoffType, Hidden
 from worker.memory_pool import MemoryMap, MemoryPool
 from worker.packing import PoolError, plan_packing
-from worker.stage import HandoffType, Stage, cache_blocks_in, cache_layout
+from worker.stage import Stage, cache_blocks_in, cache_layout
 from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits
 from worker.upload import Progress, upload
@@ -40,6 +41,7 @@ class WorkerStats:
         load_s: seconds that loading took.
         steps, tokens: steps run and tokens in them since loading.
         busy_s: seconds spent in steps.
+        sends_by: how hidden states leave, if they do: by "device memory" or "host memory".
     """
 
     device: str
@@ -56,6 +58,7 @@ class WorkerStats:
     steps: int
     tokens: int
     busy_s: float
+    sends_by: str
 
 
 class Worker:
@@ -128,16 +131,20 @@ class Worker:
         )
         return self._stats
 
-    def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
+    def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
         """One step; as `Stage.run`."""
-        if self._stage is None or self._stats is None:
-            raise ValueError("this worker has not loaded a model")
+        stage = self._loaded()
         started = time.monotonic()
-        result = self._stage.run(batch, hidden)
+        result = stage.run(batch, hidden)
         self._steps += 1
         self._tokens += len(batch.token_ids)
         self._busy_s += time.monotonic() - started
         return result
+
+    @property
+    def handoff(self) -> Handoff:
+        """How hidden states come in and leave. Raises ValueError before a model is loaded."""
+        return self._loaded().handoff
 
     def memory_map(self) -> MemoryMap:
         """What is allocated on the device; makes no device call."""
@@ -147,7 +154,13 @@ class Worker:
         """Sizes, and work done so far. Raises ValueError before a model is loaded."""
         if self._stats is None:
             raise ValueError("this worker has not loaded a model")
-        return replace(self._stats, steps=self._steps, tokens=self._tokens, busy_s=self._busy_s)
+        return replace(
+            self._stats,
+            steps=self._steps,
+            tokens=self._tokens,
+            busy_s=self._busy_s,
+            sends_by=self.handoff.sends_by,
+        )
 
     def close(self) -> None:
         """Wait for the device and free everything. Idempotent."""
@@ -156,6 +169,11 @@ class Worker:
             self._stage = None
         self._pool.close()
         self.device.close()
+
+    def _loaded(self) -> Stage:
+        if self._stage is None:
+            raise ValueError("this worker has not loaded a model")
+        return self._stage
 
     def _fill(self, budget: int, weights: StageWeights, limits: StepLimits) -> StepLimits:
         """The limits with the largest cache that a budget allows."""
@@ -190,6 +208,7 @@ class Worker:
             steps=0,
             tokens=0,
             busy_s=0.0,
+            sends_by="host memory",
         )
 
 

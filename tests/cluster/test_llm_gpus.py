@@ -70,13 +70,24 @@ def test_two_gpus_answer_like_the_cpu(open_llm: OpenLLM) -> None:
     stats = llm.stats()
     assert [worker["device"] for worker in stats["workers"]] == ["Stand-in GPU 0"] * 2
     assert stats["times"]["restarts"] == 0
+    assert stats["workers"][0]["sends_by"] == "device memory"
 
 
-def test_a_killed_worker_is_replaced(open_llm: OpenLLM) -> None:
+def test_gpus_that_do_not_reach_each_other_use_host_memory(open_llm: OpenLLM) -> None:
+    llm = open_llm({"0.REFUSE_IPC": 1})
+    check(llm.generate(PROMPTS[:2], GREEDY))
+    stats = llm.stats()
+    assert stats["workers"][0]["sends_by"] == "host memory"
+    assert stats["times"]["restarts"] == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_worker_is_replaced(open_llm: OpenLLM, stage: int) -> None:
     llm = open_llm()
-    os.kill(llm.stats()["workers"][1]["pid"], signal.SIGKILL)
+    os.kill(llm.stats()["workers"][stage]["pid"], signal.SIGKILL)
     check(llm.generate(PROMPTS, GREEDY))
     assert llm.stats()["times"]["restarts"] == 1
+    assert llm.stats()["workers"][0]["sends_by"] == "device memory"
 
 
 @pytest.mark.parametrize("trouble", ["0.FAIL_LAUNCH", "1.FAIL_LAUNCH", "1.LOSE_DEVICE"])

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.wire import decode_batch, decode_result, encode_batch, encode_result
+from worker.handoff import InSlot
 from worker.step_batch import ADJUSTMENT_DTYPE, SAMPLING_ROW_DTYPE, StepBatch, StepResult
 
 counts = st.integers(0, 5)
@@ -66,6 +67,10 @@ def test_batches(
         assert_same(decoded, batch)
         assert hidden is not None
         assert (hidden.dtype, hidden.shape, hidden.tobytes()) == (dtype, (n_tokens, 7), given.tobytes())
+    for slot in (0, n_outputs):
+        decoded, hidden = decode_batch(encode_batch(batch, InSlot(slot)))
+        assert_same(decoded, batch)
+        assert hidden == InSlot(slot)
 
 
 @pytest.mark.parametrize(("n", "n_top", "n_logits"), [(0, 0, 0), (3, 0, 0), (4, 5, 0), (0, 0, 6)])

@@ -11,6 +11,8 @@
 //   STANDIN_HIP_HANG_ALLOCATION=N    the Nth and later allocations never return
 //   STANDIN_HIP_FAIL_LAUNCH=N        the Nth kernel that runs fails, which the next wait reports
 //   STANDIN_HIP_LOSE_DEVICE=N        the device is gone once N kernels have run
+//   STANDIN_HIP_REFUSE_IPC           memory of other processes cannot be opened
+//   STANDIN_HIP_LOSE_PEER_WRITES     it can, but nothing arrives of what is copied there
 // Types and error numbers are those of the HIP runtime API (https://rocm.docs.amd.com/projects/HIP).
 #include <dlfcn.h>
 #include <elf.h>
@@ -318,6 +320,7 @@ API int hipMemcpyAsync(void* destination, const void* source, std::size_t nbytes
   if ((kind != HOST_TO_DEVICE) != (from != nullptr) || (kind != DEVICE_TO_HOST) != (to != nullptr)) return INVALID_VALUE;
   const bool inside = from && from->first != reinterpret_cast<std::uintptr_t>(source);
   if (kind == DEVICE_TO_HOST && inside && misbehaviour("STANDIN_HIP_REFUSE_VIEW_READS")) return INVALID_VALUE;
+  if (to && to->second.shared && misbehaviour("STANDIN_HIP_LOSE_PEER_WRITES")) return SUCCESS;
   return enqueue(stream, [=] { return std::memmove(destination, source, nbytes), SUCCESS; });
 }
 
@@ -466,6 +469,7 @@ API int hipIpcOpenMemHandle(void** address, IpcHandle handle, unsigned) {
   LOCKED;
   *address = nullptr;
   if (handle.process == getpid()) return INVALID_VALUE;   // as HIP has it
+  if (misbehaviour("STANDIN_HIP_REFUSE_IPC")) return INVALID_DEVICE;
   const std::string path = "/proc/" + std::to_string(handle.process) + "/fd/" + std::to_string(handle.file);
   const int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
   void* mapping = file >= 0 ? map_guarded(file, handle.mapped_bytes) : nullptr;

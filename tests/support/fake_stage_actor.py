@@ -13,7 +13,7 @@ from cluster.stage_actor import DeviceReport, StageActor
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
 from worker.forward import StagePart
-from worker.stage import HandoffType
+from worker.handoff import HandoffType
 from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,8 @@ LIMITS = StepLimits(
 class Pipeline:
     """A model split evenly over `n_stages` workers; some have no layers where it has fewer than that.
 
-    Cache blocks are handed out in random order, so a sequence's blocks lie scattered.
+    Cache blocks are handed out in random order, so a sequence's blocks lie scattered. Workers are made on the
+    devices, or given.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Pipeline:
         n_stages: int = 1,
         *,
         devices: Sequence[Device] | None = None,
+        workers: Sequence[Any] | None = None,
         limits: StepLimits = LIMITS,
         handoff: str = "float32",
         seed: int = 0,
@@ -44,7 +47,8 @@ class Pipeline:
             n_layers = ModelConfig.from_gguf(file).n_layers
         parts = split(n_layers, n_stages)
         self.limits = limits
-        self.workers = [Worker(device) for device in devices or [open_device("cpu", 2) for _ in parts]]
+        devices = devices or [open_device("cpu", 2) for _ in (parts if workers is None else ())]
+        self.workers = workers or [Worker(device) for device in devices]
         for worker, part in zip(self.workers, parts, strict=True):
             worker.load(path, part, limits, handoff=handoff)
         self._free = list(np.random.default_rng(seed).permutation(limits.n_kv_blocks))
