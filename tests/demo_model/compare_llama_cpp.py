@@ -47,19 +47,8 @@ def _running(server: Path, model: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command: list[str | Path] = [
-        server,
-        "-m",
-        model,
-        "-c",
-        str(_CONTEXT),
-        "-np",
-        "1",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    options = f"-c {_CONTEXT} -np 1 --host 127.0.0.1 --port {port}".split()
+    command: list[str | Path] = [server, "-m", model, *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}"

@@ -1,6 +1,6 @@
-"""Draws the losses that training logged.
+"""Draws the losses that training logged, of one run or of runs that went on from one another.
 
-python -m demo_model.plot_losses runs/demo/losses.csv losses.png
+python -m demo_model.plot_losses runs/first/losses.csv runs/demo/losses.csv losses.png
 """
 
 from __future__ import annotations
@@ -12,10 +12,21 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 
-def plot(losses: Path, picture: Path) -> None:
+def read_losses(runs: list[Path]) -> list[dict[str, float]]:
+    """The rows of all files, with the tokens of a later run counted on from the run before it."""
+    rows: list[dict[str, float]] = []
+    for run in runs:
+        before = rows[-1]["tokens"] if rows else 0.0
+        with run.open() as file:
+            for line in csv.DictReader(file):
+                row = {name: float(value) for name, value in line.items()}
+                rows.append(row | {"tokens": before + row["tokens"]})
+    return rows
+
+
+def plot(runs: list[Path], picture: Path) -> None:
     """Writes a picture of training and held-out loss over the tokens seen."""
-    with losses.open() as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    rows = read_losses(runs)
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     tokens = [row["tokens"] / 1e6 for row in rows]
@@ -30,4 +41,5 @@ def plot(losses: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    plot(Path(sys.argv[1]), Path(sys.argv[2]))
+    *runs, picture = map(Path, sys.argv[1:])
+    plot(runs, picture)
