@@ -37,7 +37,7 @@ from cluster.demo_questions import is_right
 SHORT, LONG = (256, 256), (64, 1024)
 MUON_RATE, ADAM_RATE = 0.02, 0.003
 #: Training that goes on from saved weights has its rates scaled by this: trained weights need smaller steps.
-GOING_ON = 0.2
+GOING_ON = 0.3
 WARM_UP = 0.02
 MAX_REPLY = 160
 
