@@ -3,6 +3,7 @@
 
 #include "cpu/matmul_float.h"
 #include "cpu/matmul_quantized.h"
+#include "cpu/matmul_rows_avx2.h"
 #include "cpu/matmul_swiglu.h"
 
 namespace redshard {
@@ -71,6 +72,14 @@ struct Avx2 {
     const __m256i w = (__m256i)codes;
     if (!F::is_signed) return sum + (Shorts)_mm256_maddubs_epi16(w, quants);
     return sum + (Shorts)_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(quants, w));
+  }
+
+  static constexpr bool has_dots = true;
+
+  // The integer products of a block of eight rows with its columns of one row of activations, for each group.
+  template <class F>
+  static void dots(const u8* block, i64 stride, const i8* quants, Ints* dot) {
+    RowDots<F>::multiply(block, stride, quants, dot);
   }
 
   static Ints finish(Shorts sum) { return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }

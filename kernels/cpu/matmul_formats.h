@@ -9,7 +9,7 @@
 //   blocks          how many blocks of 32 columns one Block holds
 //   max_code, zero  codes are 0 .. max_code and stand for code - zero; with `is_signed` they are the int8 themselves
 //   unpack(p, stride, tile, b): the Block at p of V::lanes rows, `stride` bytes apart, into blocks b, b + 1, ... of
-//                   the tile
+//                   the tile; unpack_factors: its scales and minima alone
 #pragma once
 #include <cstddef>
 
@@ -43,73 +43,56 @@ typename V::Floats signed_byte_of(typename V::Words v, int index) {
   return to_floats<V>((typename V::Ints)(v << (24 - 8 * index)) >> 24);
 }
 
-// Any format, through its `decode`; the specializations below do the same with a few vector instructions.
-template <class BlockType>
-struct Format {
+template <class Block>
+struct Format;
+
+// Q4_0, Q4_1, Q5_0 and Q5_1: two codes in a byte, and perhaps a fifth bit of each elsewhere.
+template <class BlockType, bool fifth_bit>
+struct FormatHalves {
   using Block = BlockType;
-  static constexpr int blocks = Block::elements / 32, max_code = 255, zero = 128;
-  static constexpr bool is_signed = true;
+  static constexpr int blocks = 1, max_code = fifth_bit ? 31 : 15, zero = Block::has_minimum ? 0 : (max_code + 1) / 2;
+  static constexpr bool is_signed = false, has_fifth_bit = fifth_bit;
 
   template <class V>
   static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
-    Decoded rows[V::lanes];
-    for (int i = 0; i < blocks; ++i) {
-      for (int r = 0; r < V::lanes; ++r) {
-        decode(reinterpret_cast<const Block*>(p + r * stride), i, rows[r]);
-        for (int half = 0; half < 2; ++half) tile.scale[b + i][half][r] = rows[r].scale[half];
-        tile.minimum[b + i][r] = rows[r].minimum[0];
-      }
-      const u8* first = reinterpret_cast<const u8*>(rows[0].q);
-      V::load_columns(first, sizeof(Decoded), tile.codes[b + i]);
-      V::load_columns(first + 16, sizeof(Decoded), tile.codes[b + i] + 4);
-    }
-  }
-};
-
-template <>
-struct Format<BlockQ4_0> {
-  using Block = BlockQ4_0;
-  static constexpr int blocks = 1, max_code = 15, zero = 8;
-  static constexpr bool is_signed = false;
-
-  template <class V>
-  static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
-    typename V::Words raw[4];
+    unpack_factors(p, stride, tile, b);
+    typename V::Words raw[4], high{};
     V::load_columns(p + offsetof(Block, qs), stride, raw);
-    for (int i = 0; i < 4; ++i) {
-      tile.codes[b][i] = raw[i] & 0x0f0f0f0f;
-      tile.codes[b][4 + i] = raw[i] >> 4 & 0x0f0f0f0f;
-    }
-    tile.scale[b][0] = V::load_halves(p + offsetof(Block, d), stride);
-  }
-};
-
-template <>
-struct Format<BlockQ5_0> {
-  using Block = BlockQ5_0;
-  static constexpr int blocks = 1, max_code = 31, zero = 16;
-  static constexpr bool is_signed = false;
-
-  template <class V>
-  static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
-    typename V::Words head[4], raw[4];
-    V::load_columns(p, stride, head);
-    V::load_columns(p + offsetof(Block, qs), stride, raw);
-    static_assert(offsetof(Block, qh) == 2, "the fifth bits lie across the first two words");
-    const typename V::Words high = head[0] >> 16 | head[1] << 16;
+    if constexpr (has_fifth_bit) high = load_high<V>(p, stride);
     for (int i = 0; i < 4; ++i) {
       tile.codes[b][i] = (raw[i] & 0x0f0f0f0f) | fifth_bits<V>(high >> 4 * i);
       tile.codes[b][4 + i] = (raw[i] >> 4 & 0x0f0f0f0f) | fifth_bits<V>(high >> (16 + 4 * i));
     }
+  }
+
+  template <class V>
+  static void unpack_factors(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
     tile.scale[b][0] = V::load_halves(p + offsetof(Block, d), stride);
+    if constexpr (Block::has_minimum) tile.minimum[b] = V::load_halves(p + offsetof(Block, m), stride);
+  }
+
+  // The fifth bits of all 32 elements; they begin within the first two words.
+  template <class V>
+  static typename V::Words load_high(const u8* p, i64 stride) {
+    typename V::Words head[4];
+    V::load_columns(p, stride, head);
+    if constexpr (offsetof(Block, qh) == 4) return head[1];
+    static_assert(offsetof(Block, qh) == 2 || offsetof(Block, qh) == 4, "a place for which nothing is written");
+    return head[0] >> 16 | head[1] << 16;
   }
 
   // Bits 0 to 3 become bit 4 of each byte: the multiplication puts a copy of all of them before every byte.
   template <class V>
   static typename V::Words fifth_bits(typename V::Words bits) {
+    if constexpr (!has_fifth_bit) return typename V::Words{};
     return ((bits & 15) * 0x00204081 & 0x01010101) << 4;
   }
 };
+
+template <> struct Format<BlockQ4_0> : FormatHalves<BlockQ4_0, false> {};
+template <> struct Format<BlockQ4_1> : FormatHalves<BlockQ4_1, false> {};
+template <> struct Format<BlockQ5_0> : FormatHalves<BlockQ5_0, true> {};
+template <> struct Format<BlockQ5_1> : FormatHalves<BlockQ5_1, true> {};
 
 template <>
 struct Format<BlockQ8_0> {
@@ -119,22 +102,27 @@ struct Format<BlockQ8_0> {
 
   template <class V>
   static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+    unpack_factors(p, stride, tile, b);
     V::load_columns(p + offsetof(Block, qs), stride, tile.codes[b]);
     V::load_columns(p + offsetof(Block, qs) + 16, stride, tile.codes[b] + 4);
+  }
+
+  template <class V>
+  static void unpack_factors(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
     tile.scale[b][0] = V::load_halves(p + offsetof(Block, d), stride);
   }
 };
 
 // Q4_K and Q5_K, which differ in a fifth bit.
-template <class BlockType, bool has_fifth_bit>
+template <class BlockType, bool fifth_bit>
 struct FormatK {
   using Block = BlockType;
-  static constexpr int blocks = 8, max_code = has_fifth_bit ? 31 : 15, zero = 0;
-  static constexpr bool is_signed = false;
+  static constexpr int blocks = 8, max_code = fifth_bit ? 31 : 15, zero = 0;
+  static constexpr bool is_signed = false, has_fifth_bit = fifth_bit;
 
   template <class V>
   static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
-    unpack_scales(p, stride, tile, b);
+    unpack_factors(p, stride, tile, b);
     for (int part = 0; part < 2; ++part) {   // of each group of 32: 16 elements
       typename V::Words high[4] = {};
       if constexpr (has_fifth_bit) V::load_columns(p + offsetof(Block, qh) + 16 * part, stride, high);
@@ -153,7 +141,7 @@ struct FormatK {
 
   // d, dmin and the twelve bytes of scales are the first 16 bytes of a block: one transposition brings them all.
   template <class V>
-  static void unpack_scales(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+  static void unpack_factors(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
     typename V::Words head[4];
     V::load_columns(p, stride, head);
     const auto d = V::low_halves(head[0]), dmin = V::low_halves(head[0] >> 16);
@@ -179,6 +167,7 @@ struct Format<BlockQ6_K> {
 
   template <class V>
   static void unpack(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
+    unpack_factors(p, stride, tile, b);
     for (int half = 0; half < 2; ++half) {       // of the block: 128 elements
       for (int part = 0; part < 2; ++part) {     // of each group of 32: 16 elements
         typename V::Words low[4], low_next[4], high[4];
@@ -195,6 +184,10 @@ struct Format<BlockQ6_K> {
         }
       }
     }
+  }
+
+  template <class V>
+  static void unpack_factors(const u8* p, i64 stride, Tile<V>& tile, i64 b) {
     typename V::Words scales[4];
     V::load_columns(p + offsetof(Block, scales), stride, scales);
     const auto d = V::load_halves(p + offsetof(Block, d), stride);

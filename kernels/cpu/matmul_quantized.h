@@ -158,6 +158,35 @@ void few_rows_product(const Strip& s, const RowPair<V>& rows, Tile<V>* tiles) {
     for (int c = 0; c < 2; ++c) V::store(rows.out[c] + r * kStripRows, sum[r][c]);
 }
 
+// One row of activations, where V multiplies weights as they lie (`dots`): nothing would be gained by a tile that
+// meets a single row.
+template <class V, class F>
+void one_row_product(const Strip& s, const RowPair<V>& rows, Tile<V>& factors) {
+  constexpr int kGroups = F::Block::groups;
+  for (int c = 0; c < 2; ++c) {
+    typename V::Floats sum{};
+    Rows x(s, kGroups);
+    const u8* block = rows.weights[c];
+    const u8* next = block + 2 * V::lanes * s.row_bytes;   // as in `unpack`
+    for (i64 begin = 0; begin < x.n_blocks; begin += F::blocks, block += sizeof(typename F::Block)) {
+      for (u64 line = 0; line < V::lanes * sizeof(typename F::Block); line += 64) __builtin_prefetch(next + line);
+      next += V::lanes * sizeof(typename F::Block);
+      typename V::Ints dot[F::blocks * kGroups];
+      V::template dots<F>(block, s.row_bytes, x.quants, dot);
+      F::unpack_factors(block, s.row_bytes, factors, 0);
+      for (int b = 0; b < F::blocks; ++b, x.next_block()) {
+        for (int g = 0; g < kGroups; ++g) {
+          auto& products = dot[b * kGroups + g];
+          if constexpr (zero_of<V, F> != 0) products -= x.offsets[g];
+          sum = V::fma(factors.scale[b][g] * V::broadcast(*x.scales), to_floats<V>(products), sum);
+        }
+        if constexpr (F::Block::has_minimum) sum = V::fma(factors.minimum[b], V::broadcast(*x.sums), sum);
+      }
+    }
+    V::store(rows.out[c], sum);
+  }
+}
+
 template <class V, class F, int R>
 void tile_product(const Tile<V>* tiles, i64 n_blocks, bool first, Rows x, const RowPair<V>& rows, i64 row) {
   typename V::Floats sum[R][2] = {};
@@ -179,6 +208,12 @@ void quantized_product(const Strip& s) {
   Tile<V> tiles[2];
   for (i64 v = 0; v < vectors.n; v += 2) {
     const RowPair<V> rows(vectors, v);
+    if constexpr (V::has_dots) {
+      if (s.n_x == 1) {
+        one_row_product<V, F>(s, rows, tiles[0]);
+        continue;
+      }
+    }
     if (s.n_x <= kMaxRows) {
       with_constant<kMaxRows>(s.n_x, [&](auto n_x) { few_rows_product<V, F, n_x.value>(s, rows, tiles); });
       continue;

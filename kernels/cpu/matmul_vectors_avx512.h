@@ -52,7 +52,7 @@ struct Avx512 {
   // The float16 in the low half of every word.
   static Floats low_halves(Words v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v)); }
 
-  static constexpr bool has_signed_product = true;
+  static constexpr bool has_signed_product = true, has_dots = false;
 
   // How many products of two codes and two activations fit into 16 bits.
   template <class F>
