@@ -26,6 +26,7 @@ from worker.arguments import (
 )
 from worker.device.base import BlockRun, DeviceError
 from worker.kernel_images import image_key, read_image, source_root, write_image
+from worker.weight_types import GPU_WEIGHT_TYPES
 
 #: Row counts that `matmul_vector` and `swiglu_vector` are compiled for; other counts take the tile kernels.
 VECTOR_ROWS = (1, 2, 4, 8)
@@ -41,18 +42,7 @@ _PARTITION, _PARTITION_STRIDE, _HEADS_PER_GROUP = 128, 8, 4
 _PLANES_THREADS, _PLANES_GROUPS = 256, 1024  # planes.hip
 _SAMPLE_THREADS = 1024  # sample.hip
 
-_TYPES = {
-    quant_type.ggml_id: quant_type
-    for quant_type in (
-        QuantType.F32,
-        QuantType.F16,
-        QuantType.BF16,
-        QuantType.Q4_0,
-        QuantType.Q8_0,
-        QuantType.Q4_K,
-        QuantType.Q6_K,
-    )
-}
+_TYPES = {quant_type.ggml_id: quant_type for quant_type in GPU_WEIGHT_TYPES}
 
 #: Fields (offset, bytes) of a block in the order of the planes that kernels/hip/formats.h reads.
 PLANES: dict[QuantType, tuple[tuple[int, int], ...]] = {
