@@ -37,7 +37,11 @@ class StageProcess:
         """The result of the oldest call. Raises TimeoutError, and EOFError when the process has died."""
         if not self.calls.poll(timeout):
             raise TimeoutError(f"process {self.process.pid} has not answered within {timeout:g} s")
-        result, error = self.calls.recv()
+        try:
+            result, error = self.calls.recv()
+        except (EOFError, ConnectionError):
+            self.process.join(1)
+            raise EOFError(f"process {self.process.pid} has ended, status {self.process.exitcode}") from None
         if error is not None:
             raise error
         return result
