@@ -79,7 +79,10 @@ def _start() -> RaySession:
         session = _current()
     except Exception as error:  # Ray raises plain ones too, for instance when a busy machine starts it slowly
         ray.shutdown()
-        address = os.environ.get("RAY_ADDRESS") or "of this machine"
-        raise PipelineError(f"the Ray cluster {address} cannot be joined or started: {error}") from error
+        address = os.environ.get("RAY_ADDRESS")
+        if address is None:
+            raise PipelineError(f"Ray cannot be started on this machine, or joined there: {error}") from error
+        hint = "is it running, and does it want a token (RAY_AUTH_MODE=token)?"
+        raise PipelineError(f"the Ray cluster {address} cannot be joined: {error}; {hint}") from error
     assert session is not None
     return session
