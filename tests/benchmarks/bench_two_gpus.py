@@ -173,7 +173,7 @@ def fill_cache(chain: Chain, sequences: list[Sequence], max_tokens: int) -> None
 
 def answers(bench: Bench, chain: Chain, n_groups: int) -> list[list[int]]:
     """Greedy answers to prompts of odd lengths, decoded together in groups."""
-    sequences = prompts(bench, [n for n in PROMPTS if n + bench.steps < bench.limits.max_context])
+    sequences = prompts(bench, [n for n in PROMPTS if n + bench.steps <= bench.limits.max_context])
     fill_cache(chain, sequences, bench.limits.max_tokens)
     run(chain, [sequences[i::n_groups] for i in range(n_groups)], bench.steps)
     return [sequence.answer() for sequence in sequences]
@@ -335,11 +335,11 @@ def parse() -> tuple[Bench, list[str]]:
     parser.add_argument("--steps", type=int, default=48, help="decode steps of a measurement")
     parser.add_argument("--repeats", type=int, default=200, help="handoffs of a measurement")
     parser.add_argument("--max-tokens", type=int, default=512, help="of a step")
+    parser.add_argument("--context", type=int, default=640, help="longer prompts and answers are left out")
     parser.add_argument("--seconds", type=float, default=85, help="after which nothing more is tried")
     options = parser.parse_args()
     with GGUFFile.open(options.model) as file:
         config = ModelConfig.from_gguf(file)
-    context = -(-(max(*PROMPTS, SHORT_PROMPT + WARM_UP_STEPS) + options.steps + 1) // BLOCK) * BLOCK
     n_sequences = max(len(PROMPTS), max(MICRO_BATCHES) * options.sequences)
     bench = Bench(
         model=options.model,
@@ -350,8 +350,8 @@ def parse() -> tuple[Bench, list[str]]:
             max_tokens=max(options.max_tokens, n_sequences),
             max_sequences=n_sequences,
             max_outputs=n_sequences,
-            max_context=context,
-            n_kv_blocks=n_sequences * context // BLOCK,
+            max_context=options.context,
+            n_kv_blocks=n_sequences * -(-options.context // BLOCK),
             block_size=BLOCK,
         ),
         sequences=options.sequences,

@@ -12,6 +12,7 @@ from cluster.stage_actor import StageActor
 
 #: Seconds that a call may take.
 CALL_S = 60.0
+_EXIT_S = 10.0
 
 
 class StageProcess:
@@ -62,7 +63,7 @@ class StageProcess:
     def close(self) -> None:
         """End the process, whatever it is doing. Idempotent."""
         self.process.kill()
-        self.process.join(CALL_S)
+        self.process.join(_EXIT_S)
         self.calls.close()
 
 
