@@ -15,16 +15,11 @@ SMALL = ["--steps=2", "--repeats=2", "--sequences=1", "--max-tokens=16", "--cont
 
 def run_benchmark(**settings: str | int) -> subprocess.CompletedProcess[str]:
     """The script on two stand-in GPUs of such settings."""
-    command = [sys.executable, str(TESTS / "benchmarks" / "bench_two_gpus.py")]
-    model = TESTS / "data" / "conformance" / "llama.q4_k.gguf"
+    script = str(TESTS / "benchmarks" / "bench_two_gpus.py")
+    model = str(TESTS / "data" / "conformance" / "llama.q4_k.gguf")
+    command = [sys.executable, script, model, "--device=hip", *SMALL]
     environment = os.environ | standin.environment(devices=2, **settings) | {"PYTHONPATH": ":".join(sys.path)}
-    return subprocess.run(
-        [*command, str(model), "--device=hip", *SMALL],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_both_ways_give_the_tokens_of_one_gpu() -> None:
