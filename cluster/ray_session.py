@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -49,7 +52,8 @@ def disconnect(session: RaySession) -> None:
         if session in _started_here:
             _started_here.remove(session)
             if is_current(session):
-                ray.shutdown()
+                with _interrupts_deferred():
+                    ray.shutdown()
 
 
 def is_current(session: RaySession) -> bool:
@@ -75,8 +79,12 @@ def _start() -> RaySession:
     # These speak before ray.init has set the level of its loggers.
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        with _interrupts_deferred():
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         session = _current()
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
     except Exception as error:  # Ray raises plain ones too, for instance when a busy machine starts it slowly
         ray.shutdown()
         address = os.environ.get("RAY_ADDRESS")
@@ -86,3 +94,19 @@ def _start() -> RaySession:
         raise PipelineError(f"the Ray cluster {address} cannot be joined: {error}; {hint}") from error
     assert session is not None
     return session
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C takes effect only after the block: half started or half ended, Ray leaves processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
