@@ -81,6 +81,7 @@ class WorkerGroup:
         self._actor_class: Any = ray.remote(actor_class)
         self._order: LoadOrder | None = None
         self._pipeline: Pipeline | None = None
+        self._through_host: set[int] = set()
         self._progress: list[tuple[int, int]] = []
         self._placement = _place([self._bundle] * n_stages)
         nodes = placement_group_table(self._placement)["bundles_to_node_id"]
@@ -111,7 +112,10 @@ class WorkerGroup:
         """
         self._order, self._max_in_flight = order, max_in_flight
         stats = self._load(range(self.n_stages))
-        self._connect()
+        try:
+            self._connect()
+        except PipelineError as error:
+            self.restore(StepLost(str(error)))
         return stats
 
     def progress(self) -> list[tuple[int, int]]:
@@ -223,25 +227,28 @@ class WorkerGroup:
 
     def _connect(self) -> None:
         try:
-            self._connect_devices()
+            for stage in range(self.n_stages - 1):
+                if self._share_a_host(stage, stage + 1):
+                    self._connect_devices(stage)
         except ray.exceptions.RayError as error:
             raise PipelineError(f"a worker died while the stages were connected: {_cause(error)}") from error
         self._pipeline = Pipeline(self._actors, self._max_in_flight, self._deadline_s)
 
-    def _connect_devices(self) -> None:
-        """Let neighbouring GPUs of one node hand over through device memory, where that works.
+    def _connect_devices(self, stage: int) -> None:
+        """Let a stage hand over through device memory, if that works, and let go of what it had opened.
 
-        A replaced stage has another inbox, so all that there were before are let go of.
+        A replaced stage has another inbox. Where an attempt failed, or ended a process, none is made again.
         """
+        sender, receiver = self._actors[stage : stage + 2]
         deadline_s = self._configuration.deadlines.copy_s
-        for stage in range(self.n_stages - 1):
-            if not self._share_a_host(stage, stage + 1):
-                continue
-            sender, receiver = self._actors[stage : stage + 2]
+        if stage not in self._through_host:
+            self._through_host.add(stage)
             probe = sender.connect.remote(receiver.open_inbox.remote(self._max_in_flight))
-            if not ray.get(receiver.finds.remote(probe), timeout=deadline_s):
-                logger.warning("stages %d and %d hand over through host memory", stage, stage + 1)
-                ray.get(sender.disconnect.remote(), timeout=deadline_s)
+            if ray.get(receiver.finds.remote(probe), timeout=deadline_s):
+                self._through_host.remove(stage)
+                return
+        logger.warning("stages %d and %d hand over through host memory", stage, stage + 1)
+        ray.get(sender.disconnect.remote(), timeout=deadline_s)
 
     def _share_a_host(self, stage: int, other: int) -> bool:
         """Whether two stages are GPUs of one kind on one node."""

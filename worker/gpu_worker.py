@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 from worker.configuration import WorkerConfiguration
 from worker.device.base import DeviceError
@@ -92,10 +92,7 @@ class GpuWorker:
         try:
             return self._worker.run(batch, hidden)
         except DeviceError as error:
-            logger.critical("the device failed; ending the process: %s", error)
-            for handler in logging.getLogger().handlers:
-                handler.flush()
-            os._exit(EXIT_DEVICE_FAILED)
+            _end_process(error)
 
     def open_inbox(self, n_slots: int) -> InboxOffer | None:
         """As `Handoff.open_inbox`; None where that is impossible."""
@@ -106,7 +103,10 @@ class GpuWorker:
             return None
 
     def connect(self, offer: InboxOffer | None) -> bytes:
-        """As `Handoff.connect`; nothing, and the way through host memory, where that is impossible."""
+        """As `Handoff.connect`; nothing, and the way through host memory, where that is impossible.
+
+        If the device is of no use after an attempt, the process ends, as in `run`.
+        """
         handoff = self._worker.handoff
         try:
             if offer is not None:
@@ -114,6 +114,10 @@ class GpuWorker:
             handoff.disconnect()
         except DeviceError as error:
             logger.warning("hidden states leave through host memory: %s", error)
+            try:
+                self._worker.device.synchronize()
+            except DeviceError as lasting:
+                _end_process(lasting)
         return b""
 
     def finds(self, probe: bytes) -> bool:
@@ -138,3 +142,10 @@ class GpuWorker:
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = (done, total)
+
+
+def _end_process(error: DeviceError) -> NoReturn:
+    logger.critical("the device failed; ending the process: %s", error)
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    os._exit(EXIT_DEVICE_FAILED)

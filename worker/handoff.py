@@ -13,6 +13,7 @@ Sources: HIP runtime API and CUDA Driver API on interprocess communication
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -223,7 +224,8 @@ class Handoff:
             self._pool.write(view, np.frombuffer(probe, np.uint8))
             outbox.send(view)
         except DeviceError:
-            outbox.close()
+            with suppress(DeviceError):  # the first error says more
+                outbox.close()
             raise
         self._outbox = outbox
         return probe

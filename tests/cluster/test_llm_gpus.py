@@ -73,8 +73,9 @@ def test_two_gpus_answer_like_the_cpu(open_llm: OpenLLM) -> None:
     assert stats["workers"][0]["sends_by"] == "device memory"
 
 
-def test_gpus_that_do_not_reach_each_other_use_host_memory(open_llm: OpenLLM) -> None:
-    llm = open_llm({"0.REFUSE_IPC": 1})
+@pytest.mark.parametrize("trouble", ["0.REFUSE_IPC", "0.FAULT_ON_PEER_WRITES"])
+def test_gpus_that_do_not_reach_each_other_use_host_memory(open_llm: OpenLLM, trouble: str) -> None:
+    llm = open_llm({trouble: 1})
     check(llm.generate(PROMPTS[:2], GREEDY))
     stats = llm.stats()
     assert stats["workers"][0]["sends_by"] == "host memory"

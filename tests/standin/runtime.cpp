@@ -13,6 +13,8 @@
 //   STANDIN_HIP_LOSE_DEVICE=N        the device is gone once N kernels have run
 //   STANDIN_HIP_REFUSE_IPC           memory of other processes cannot be opened
 //   STANDIN_HIP_LOSE_PEER_WRITES     it can, but nothing arrives of what is copied there
+//   STANDIN_HIP_FAIL_PEER_WRITES     or the copy fails, which the next wait reports
+//   STANDIN_HIP_FAULT_ON_PEER_WRITES or it ends the process, as a page fault of a GPU does
 // Types and error numbers are those of the HIP runtime API (https://rocm.docs.amd.com/projects/HIP).
 #include <dlfcn.h>
 #include <elf.h>
@@ -320,7 +322,11 @@ API int hipMemcpyAsync(void* destination, const void* source, std::size_t nbytes
   if ((kind != HOST_TO_DEVICE) != (from != nullptr) || (kind != DEVICE_TO_HOST) != (to != nullptr)) return INVALID_VALUE;
   const bool inside = from && from->first != reinterpret_cast<std::uintptr_t>(source);
   if (kind == DEVICE_TO_HOST && inside && misbehaviour("STANDIN_HIP_REFUSE_VIEW_READS")) return INVALID_VALUE;
-  if (to && to->second.shared && misbehaviour("STANDIN_HIP_LOSE_PEER_WRITES")) return SUCCESS;
+  if (to && to->second.shared) {
+    if (misbehaviour("STANDIN_HIP_LOSE_PEER_WRITES")) return SUCCESS;
+    if (misbehaviour("STANDIN_HIP_FAIL_PEER_WRITES")) return enqueue(stream, [] { return LAUNCH_FAILURE; });
+    if (misbehaviour("STANDIN_HIP_FAULT_ON_PEER_WRITES")) std::abort();
+  }
   return enqueue(stream, [=] { return std::memmove(destination, source, nbytes), SUCCESS; });
 }
 

@@ -17,6 +17,7 @@ from cluster.stage_actor import StageActor
 from worker.configuration import PoolSettings, WorkerConfiguration
 from worker.device.base import DeviceError
 from worker.device.choose import open_device
+from worker.gpu_worker import EXIT_DEVICE_FAILED
 from worker.handoff import InboxOffer, InSlot
 from worker.memory_pool import PoolError
 from worker.step_inputs import BatchError
@@ -102,6 +103,13 @@ def test_gpus_that_do_not_reach_each_other_use_host_memory(
     assert not connect(*pipeline.workers, n_slots=2)
     assert pipeline.workers[0].call("stats")["sends_by"] == "host memory"
     np.testing.assert_array_equal(pipeline.logits_in_chunks(TOKENS, *CHUNKS), expected)
+
+
+def test_a_device_that_fails_for_good_ends_its_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN_HIP_FAIL_PEER_WRITES", "1")
+    pipeline = pipeline_of(start)
+    with pytest.raises(EOFError, match=f"has ended, status {EXIT_DEVICE_FAILED}"):
+        connect(*pipeline.workers, n_slots=2)
 
 
 @pytest.mark.parametrize("dead", [0, 1])
