@@ -28,14 +28,10 @@ from hardware.code_object import CodeObject, Kernel  # noqa: E402
 from hardware.compiler import CompileError, compile_source, compiler, compiler_version  # noqa: E402
 from hardware.tables import markdown_table  # noqa: E402
 
-from loader.quant_types import QuantType  # noqa: E402
+from worker.weight_types import GPU_WEIGHT_TYPES  # noqa: E402
 
 DOCUMENT = ROOT / "KERNELS.md"
 TARGETS = ("gfx906", "gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1151", "gfx1201")
-WEIGHT_TYPES = (
-    QuantType.F32, QuantType.F16, QuantType.BF16, QuantType.Q4_0, QuantType.Q8_0, QuantType.Q4_K,
-    QuantType.Q6_K,
-)  # fmt: skip
 #: Head and value dimensions, query heads of a cache head.
 HEADS = ((64, 64, 7), (80, 80, 4), (128, 128, 8), (256, 256, 4))
 
@@ -70,7 +66,7 @@ class Unit:
 def units() -> list[Unit]:
     """Everything that is compiled for a target."""
     found = [Unit("planes"), Unit("rope_store"), Unit("rows"), Unit("sample")]
-    for weight_type in WEIGHT_TYPES:
+    for weight_type in GPU_WEIGHT_TYPES:
         macros = (("WEIGHT_TYPE", weight_type.ggml_id),)
         found += [
             Unit("rows", macros, weight_type.name, only="embed"),
