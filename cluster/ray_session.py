@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import ray
 
 from cluster.errors import PipelineError
+from worker.device.choose import visible_devices_conflict
 
 #: Tells one connection of this process to Ray from another: (address of the cluster, job).
 RaySession = tuple[str, str]
@@ -69,10 +70,8 @@ def _current() -> RaySession | None:
 
 
 def _start() -> RaySession:
-    if os.environ.get("ROCR_VISIBLE_DEVICES") and not os.environ.get("HIP_VISIBLE_DEVICES"):
-        raise PipelineError(
-            "Ray does not accept ROCR_VISIBLE_DEVICES alone; set HIP_VISIBLE_DEVICES to choose among the GPUs"
-        )
+    if conflict := visible_devices_conflict(os.environ):
+        raise PipelineError(conflict)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's default of 15 would let any other program of the machine push the workers aside.
     os.environ.setdefault("RAY_worker_niceness", "0")

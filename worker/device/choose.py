@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Literal
 
 from worker.device.base import Device, DeviceError
 from worker.device.cpu import CpuDevice
+from worker.device.gpu import GpuDevice
 
 logger = logging.getLogger(__name__)
 
+GpuKind = Literal["hip", "cuda"]
 DeviceKind = Literal["auto", "cpu", "hip", "cuda"]
+
+#: Kinds of GPU in the order in which "auto" looks for them, and whose they are.
+GPU_MAKERS: dict[GpuKind, str] = {"hip": "AMD", "cuda": "NVIDIA"}
 
 
 def open_device(kind: DeviceKind = "auto", n_threads: int | None = None) -> Device:
@@ -26,61 +32,77 @@ def open_device(kind: DeviceKind = "auto", n_threads: int | None = None) -> Devi
             contradict each other.
     """
     if kind == "auto":
-        return _open_hip() if _has_hip() else _open_cuda() if _has_cuda() else CpuDevice(n_threads)
+        kind = next((gpu for gpu in GPU_MAKERS if _is_there(gpu)), "cpu")
     if kind == "cpu":
         return CpuDevice(n_threads)
-    if kind == "hip":
-        return _open_hip()
-    if kind == "cuda":
-        return _open_cuda()
-    raise DeviceError(f"there is no kind of device named {kind!r}; known are 'auto', 'cpu', 'hip' and 'cuda'")
+    if kind not in GPU_MAKERS:
+        raise DeviceError(
+            f"there is no kind of device named {kind!r}; known are 'auto', 'cpu', 'hip' and 'cuda'"
+        )
+    if kind == "hip" and (conflict := visible_devices_conflict(os.environ)):
+        raise DeviceError(conflict)
+    return open_gpu(kind)
 
 
-def _open_hip() -> Device:
-    _check_visible_devices()
+def open_gpu(kind: GpuKind, ordinal: int = 0) -> GpuDevice:
+    """One of the GPUs that this process may see, by its number among them.
+
+    Raises:
+        DeviceError: there is no such GPU, or what it needs is not installed.
+    """
     try:
-        from worker.device.hip import HipDevice
-    except ImportError as error:
-        raise DeviceError(f"no hip device: {error}; install hip-python 10 or newer") from None
-    return HipDevice()
+        if kind == "hip":
+            from worker.device.hip import HipDevice
 
-
-def _open_cuda() -> Device:
-    try:
+            return HipDevice(ordinal)
         from worker.device.cuda import CudaDevice
+
+        return CudaDevice(ordinal)
     except ImportError as error:
-        raise DeviceError(f"no cuda device: {error}; install redshard[cuda]") from None
-    return CudaDevice()
+        raise DeviceError(_not_installed(kind, error)) from None
 
 
-def _has_hip() -> bool:
+def gpu_count(kind: GpuKind) -> int:
+    """How many GPUs of a kind this process may see.
+
+    Raises:
+        DeviceError: what it takes to know is not installed, or does not start.
+    """
     try:
-        from worker.device.hip import hip_device_count
+        if kind == "hip":
+            from worker.device.hip import hip_device_count
 
-        return hip_device_count() > 0
-    except (ImportError, DeviceError) as reason:
-        logger.info("no AMD GPU: %s", reason)
-        return False
-
-
-def _has_cuda() -> bool:
-    try:
+            return hip_device_count()
         from worker.device.cuda import cuda_device_count
 
-        return cuda_device_count() > 0
-    except (ImportError, DeviceError) as reason:
-        logger.info("no NVIDIA GPU: %s", reason)
+        return cuda_device_count()
+    except ImportError as error:
+        raise DeviceError(_not_installed(kind, error)) from None
+
+
+def visible_devices_conflict(environment: Mapping[str, str]) -> str:
+    """Why Ray would refuse the variables that choose among AMD GPUs, and what to do; "" if it would not.
+
+    Ray pins a worker to its GPU by HIP_VISIBLE_DEVICES, which then counts among ROCR_VISIBLE_DEVICES.
+    Source: https://docs.ray.io/en/latest/ray-core/scheduling/accelerators.html.
+    """
+    chosen = environment.get("ROCR_VISIBLE_DEVICES")
+    if chosen is None or "HIP_VISIBLE_DEVICES" in environment:
+        return ""
+    return (
+        f"ROCR_VISIBLE_DEVICES={chosen} is set without HIP_VISIBLE_DEVICES, which Ray refuses: "
+        "unset ROCR_VISIBLE_DEVICES and choose GPUs by HIP_VISIBLE_DEVICES"
+    )
+
+
+def _is_there(kind: GpuKind) -> bool:
+    try:
+        return gpu_count(kind) > 0
+    except DeviceError as reason:
+        logger.info("no %s GPU: %s", GPU_MAKERS[kind], reason)
         return False
 
 
-def _check_visible_devices() -> None:
-    """Ray pins a worker to its GPU by HIP_VISIBLE_DEVICES, which then counts among ROCR_VISIBLE_DEVICES.
-
-    Source: https://docs.ray.io/en/latest/ray-core/scheduling/accelerators.html.
-    """
-    chosen = os.environ.get("ROCR_VISIBLE_DEVICES")
-    if chosen is not None and "HIP_VISIBLE_DEVICES" not in os.environ:
-        raise DeviceError(
-            f"ROCR_VISIBLE_DEVICES={chosen} is set without HIP_VISIBLE_DEVICES, which Ray refuses: "
-            "unset ROCR_VISIBLE_DEVICES and choose GPUs by HIP_VISIBLE_DEVICES"
-        )
+def _not_installed(kind: GpuKind, error: ImportError) -> str:
+    package = "hip-python 10 or newer" if kind == "hip" else "redshard[cuda]"
+    return f"no {kind} device: {error}; install {package}"

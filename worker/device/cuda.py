@@ -100,6 +100,11 @@ class CudaDriver(Driver):
         compiler = self.call(nvrtc.nvrtcVersion)
         self.target = f"cuda {self.properties.arch} nvrtc {compiler}"
 
+    def versions(self) -> dict[str, str]:
+        number = self.call(driver.cuDriverGetVersion)  # major * 1000 + minor * 10
+        major, minor = self.call(nvrtc.nvrtcVersion)
+        return {"CUDA driver": f"{number // 1000}.{number % 1000 // 10}", "NVRTC": f"{major}.{minor}"}
+
     def make_current(self) -> None:
         if self._context is not None:
             self.call(driver.cuCtxSetCurrent, self._context)

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -83,6 +83,10 @@ class Driver(ABC):
 
     def forget_error(self) -> None:  # noqa: B027  # only some runtimes need it
         """Keep later calls from reporting the last error again."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Of runtime, driver and compiler, by their names: ``{"HIP runtime": "7.0.2", ...}``."""
 
     @abstractmethod
     def make_current(self) -> None:
@@ -244,6 +248,14 @@ class GpuDevice(Device):
         self._graphs: set[GpuGraph] = set()
         self._recording: list[Callable[[], None] | Launch] | None = None
         self._closed = False
+
+    def versions(self) -> dict[str, str]:
+        """Versions of what drives the GPU, by its name."""
+        return self.driver.versions()
+
+    def prepare(self, wanted: Iterable[Launch]) -> None:
+        """Compile and load what launches need, before they are due; errors as for `KernelSet.prepare`."""
+        self._kernels.prepare(wanted)
 
     def guard(self, what: str, deadline: float | None) -> Any:
         """Ends the process if the block takes longer than `deadline` seconds; None for no limit."""

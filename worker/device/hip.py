@@ -93,6 +93,15 @@ class HipDriver(Driver):
         runtime = self.call(hip.hipRuntimeGetVersion)
         self.target = f"hip {self._architecture} runtime {runtime} hiprtc {compiler}"
 
+    def versions(self) -> dict[str, str]:
+        runtime, driver = self.call(hip.hipRuntimeGetVersion), self.call(hip.hipDriverGetVersion)
+        major, minor = self.call(hiprtc.hiprtcVersion)
+        return {
+            "HIP runtime": _version(runtime),
+            "HIP driver": _version(driver),
+            "hiprtc": f"{major}.{minor}",
+        }
+
     def make_current(self) -> None:
         self.call(hip.hipSetDevice, self._ordinal)
 
@@ -219,6 +228,11 @@ class HipDriver(Driver):
         log = bytearray(self.call(hiprtc.hiprtcGetProgramLogSize, program))
         self.call(hiprtc.hiprtcGetProgramLog, program, log)
         return log.rstrip(b"\0").decode(errors="replace")
+
+
+def _version(number: int) -> str:
+    """HIP counts major * 10,000,000 + minor * 100,000 + patch."""
+    return f"{number // 10_000_000}.{number // 100_000 % 100}.{number % 100_000}"
 
 
 def _features(architecture: str) -> frozenset[str]:
