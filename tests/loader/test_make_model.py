@@ -41,7 +41,8 @@ def test_q4_k_m_is_mixed_as_llama_cpp_does() -> None:
     assert choose("blk.0.attn_q.weight", square) is QuantType.Q4_K
     assert choose("token_embd.weight", square) is QuantType.Q4_K
     assert choose("output.weight", square) is QuantType.Q6_K
-    assert choose("blk.0.attn_q.weight", (256, 896)) is QuantType.Q8_0
+    assert choose("blk.0.attn_q.weight", (256, 896)) is QuantType.Q5_0
+    assert choose("blk.0.attn_v.weight", (256, 896)) is QuantType.Q8_0
     tied = choose_types("Q4_0", tiny_config(tied_embeddings=True))
     assert tied("token_embd.weight", square) is QuantType.Q6_K
     assert tied("token_embd.weight", (256, 896)) is QuantType.Q8_0
