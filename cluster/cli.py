@@ -10,6 +10,7 @@ import typer
 
 from cluster.commands.bench import bench
 from cluster.commands.demo import demo
+from cluster.commands.doctor import doctor
 from cluster.commands.generate import generate
 from cluster.commands.inspect import inspect
 from cluster.commands.plan import plan
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Serves GGUF language models across the AMD GPUs of a Ray cluster; without GPUs, on CPUs.",
 )
-for command in (generate, demo, inspect, plan, tokenize, bench):
+for command in (generate, demo, inspect, plan, tokenize, bench, doctor):
     app.command()(command)
 
 

@@ -323,13 +323,26 @@ class KernelSet:
             self._functions[key] = self._compiler.function(self._modules[launch.unit], launch.kernel)
         return self._functions[key]
 
+    def is_cached(self, launch: Launch) -> bool:
+        """Whether the cache on disk has the image of a launch."""
+        return read_image(self._key(launch.unit)) is not None
+
     def _image(self, unit: _Unit) -> bytes:
-        source, macros = unit
-        file = f"{source}.hip"
-        options = ["-std=c++17", *(f"-D{name}={value}" for name, value in macros)]
-        key = image_key(self._root, file, options, self._compiler.target)
+        key = self._key(unit)
         image = read_image(key)
         if image is None:
-            image = self._compiler.compile(self._root / "hip" / file, [*options, f"-I{self._root}"])
+            source = self._root / "hip" / _file(unit)
+            image = self._compiler.compile(source, [*_options(unit), f"-I{self._root}"])
             write_image(key, image)
         return image
+
+    def _key(self, unit: _Unit) -> str:
+        return image_key(self._root, _file(unit), _options(unit), self._compiler.target)
+
+
+def _file(unit: _Unit) -> str:
+    return f"{unit[0]}.hip"
+
+
+def _options(unit: _Unit) -> list[str]:
+    return ["-std=c++17", *(f"-D{name}={value}" for name, value in unit[1])]

@@ -257,6 +257,10 @@ class GpuDevice(Device):
         """Compile and load what launches need, before they are due; errors as for `KernelSet.prepare`."""
         self._kernels.prepare(wanted)
 
+    def has_compiled(self, launch: Launch) -> bool:
+        """Whether the cache on disk has the kernel of a launch."""
+        return self._kernels.is_cached(launch)
+
     def guard(self, what: str, deadline: float | None) -> Any:
         """Ends the process if the block takes longer than `deadline` seconds; None for no limit."""
         return nullcontext() if deadline is None else self._watchdog.guard(what, deadline)

@@ -40,7 +40,8 @@ def hip_device_count() -> int:
     try:
         error, count = hip.hipGetDeviceCount()
     except RuntimeError as reason:
-        raise DeviceError(f"no HIP runtime: {reason}") from None
+        plain = str(reason).replace("b'", "").replace("'", "")  # it quotes Python's bytes
+        raise DeviceError(f"no HIP runtime: {plain}") from None
     if error == hip.hipError_t.hipErrorNoDevice:
         return 0
     if error != hip.hipError_t.hipSuccess:
