@@ -71,7 +71,7 @@ class Machine:
     @property
     def kernel(self) -> str:
         """Release of the Linux kernel."""
-        return self._read("proc/sys/kernel/osrelease")
+        return self._read("proc/sys/kernel/osrelease") or "an unknown one"
 
     def has(self, family: str) -> bool:
         """Whether an architecture begins with `family`."""

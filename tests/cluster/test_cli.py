@@ -13,6 +13,7 @@ import pytest
 from support.gguf_models import tiny_config, write_model
 
 from cluster import cli
+from cluster.demo_questions import QUESTIONS
 
 Run = Callable[..., "Outcome"]
 
@@ -126,7 +127,7 @@ def test_usage_errors(run: Run, model: Path) -> None:
 def test_help_without_arguments(run: Run) -> None:
     outcome = run()
     assert outcome.code == 0
-    for command in ("generate", "demo", "inspect", "plan", "tokenize", "bench"):
+    for command in ("generate", "demo", "inspect", "plan", "tokenize", "bench", "doctor"):
         assert command in outcome.out
 
 
@@ -166,6 +167,23 @@ def test_bench_reports_every_figure(run: Run, model: Path) -> None:
     assert 0 < report["bandwidth_share"] < 10
     assert {"schedule", "compute", "handoff"} <= set(report["overheads_us"])
     assert "tok/s" in run("bench", model, *options).out
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_demo_marks_true_answers_and_answers_what_is_asked(run: Run) -> None:
+    outcome = run("demo")
+    assert outcome.code == 0
+    assert f"{len(QUESTIONS)} of {len(QUESTIONS)} answers are right." in outcome.out
+    assert all(question.prompt in outcome.out.replace("\n", " ") for question in QUESTIONS)
+    asked = run("demo", "--ask", "What is 47 times 86?", "--ask", "What is the capital of Kenya?").out
+    assert "4042" in asked
+    assert "Nairobi" in asked
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_generate_knows_the_demo_model_by_name(run: Run) -> None:
+    outcome = run("generate", "demo", "What is 47 times 86?", "--chat", "--temperature", 0)
+    assert outcome.out.rstrip(".\n").endswith("4042")
 
 
 def test_commands_that_only_read_the_file_do_not_load_ray(model: Path) -> None:

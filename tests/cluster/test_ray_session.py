@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.gguf_models import tiny_config, write_model
+
+from cluster import ray_session
+from cluster.errors import PipelineError
 
 SCRIPT = """
 import asyncio, sys
@@ -67,3 +71,11 @@ def test_ray_ends_with_its_last_model(tmp_path: Path) -> None:
         [sys.executable, "-c", SCRIPT, model], capture_output=True, text=True, env=environment, timeout=120
     )
     assert process.stdout == "done\n", process.stderr
+
+
+def test_variables_that_ray_refuses_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_session, "_current", lambda: None)
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1")
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(PipelineError, match="ROCR_VISIBLE_DEVICES=1 is set without HIP_VISIBLE_DEVICES"):
+        ray_session.connect()
