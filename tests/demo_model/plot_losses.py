@@ -11,6 +11,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+#: Losses are logged with five decimals; one that is logged as zero is drawn here.
+_SMALLEST = 1e-5
+
 
 def read_losses(runs: list[Path]) -> list[dict[str, float]]:
     """The rows of all files, with the tokens of a later run counted on from the run before it."""
@@ -30,7 +33,8 @@ def plot(runs: list[Path], picture: Path) -> None:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     tokens = [row["tokens"] / 1e6 for row in rows]
-    axes.plot(tokens, [row["training_loss"] for row in rows], label="training, one batch", linewidth=1)
+    training = [max(row["training_loss"], _SMALLEST) for row in rows]
+    axes.plot(tokens, training, label="training, one batch", linewidth=1)
     axes.plot(tokens, [row["held_out_loss"] for row in rows], label="held out", linewidth=1.6)
     axes.set_yscale("log")
     axes.set_xlabel("tokens seen, millions")
