@@ -34,7 +34,7 @@ from worker.arguments import (
     SampleArguments,
 )
 from worker.bandwidth import host_read_bandwidth
-from worker.device.base import BlockRun, DeviceError, HostBuffer
+from worker.device.base import BlockRun, DeviceError
 from worker.device.choose import GPU_MAKERS, GpuKind, gpu_count, open_gpu
 from worker.device.cpu import CpuDevice
 from worker.device.gpu import GpuDevice
@@ -44,6 +44,7 @@ from worker.memory_pool import MemoryPool
 #: Seconds that a check may take; the longest is compiling a kernel.
 DEADLINE_S = 60.0
 
+_START_S = 60.0  # until a process tells its first check
 _COPY_BYTES, _COPIES, _TRIES = 256 << 20, 4, 5
 _BLOCKS = 4096
 _LAST_WORDS_CHARACTERS = 300
@@ -126,17 +127,17 @@ def _run(task: str, deadline_s: float) -> tuple[Check, ...]:
         try:
             lines: queue.Queue[bytes] = queue.Queue()
             threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
-            doing = "start"
-            while line := lines.get(timeout=deadline_s):
+            doing, limit_s = "start", _START_S
+            while line := lines.get(timeout=limit_s):
                 message = json.loads(line)
-                doing = message["name"]
+                doing, limit_s = message["name"], deadline_s
                 if "found" in message:
                     checks.append(Check(**message))
                     doing = "end"
-            if process.wait(deadline_s):
+            if process.wait(limit_s):
                 checks.append(Check(doing, {}, _last_words(process.returncode, stderr), answered=False))
         except (queue.Empty, subprocess.TimeoutExpired):
-            checks.append(Check(doing, {}, f"no answer within {deadline_s:g} s", answered=False))
+            checks.append(Check(doing, {}, f"no answer within {limit_s:g} s", answered=False))
         finally:
             process.kill()
             with suppress(subprocess.TimeoutExpired):  # in a driver call it may survive even that
@@ -296,15 +297,11 @@ def _check_kernel_result(device: GpuDevice) -> Found:
     staging = device.allocate(device.block_staging_bytes)
     host.array[:] = blocks.ravel()
     device.copy_in_blocks(address, host, 0, run, staging)
-    _fetch(device, host, address, run.nbytes)
+    device.copy_out(host, address, run.nbytes)
+    device.synchronize()
     if not np.array_equal(host.array, np.concatenate(planes)):
         raise DeviceError("a kernel wrote wrong bytes")
     return {"right": True}
-
-
-def _fetch(device: GpuDevice, host: HostBuffer, address: int, nbytes: int) -> None:
-    device.copy_out(host, address, nbytes)
-    device.synchronize()
 
 
 def _peers(device: GpuDevice, ordinal: int) -> Found:

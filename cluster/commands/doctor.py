@@ -58,11 +58,13 @@ def _report(counts: dict[GpuKind, Check], gpus: list[GpuDiagnosis], cpu: Found) 
 
 
 def _hang_hints(gpus: list[GpuDiagnosis]) -> list[str]:
-    return [
-        f"{GPU_MAKERS[gpu.kind]} GPU {gpu.ordinal} hangs or ends its process: {hang_hint(gpu.kind, gpu.arch)}"
-        for gpu in gpus
-        if not all(check.answered for check in gpu.checks)
-    ]
+    """What to do about GPUs that hang or end their process, each hint once."""
+    by_hint: dict[str, list[str]] = {}
+    for gpu in gpus:
+        if not all(check.answered for check in gpu.checks):
+            name = f"{GPU_MAKERS[gpu.kind]} GPU {gpu.ordinal}"
+            by_hint.setdefault(hang_hint(gpu.kind, gpu.arch), []).append(name)
+    return [f"{', '.join(names)} did not answer: {hint}" for hint, names in by_hint.items()]
 
 
 def _show(
@@ -83,7 +85,8 @@ def _gpu_table(gpu: GpuDiagnosis) -> Table:
     kernels = [check for check in gpu.checks if check.name.startswith(_KERNEL) and "seconds" in check.found]
     for check in gpu.checks:
         if check.failure:
-            table.add_row(check.name, f"[red]failed:[/] {escape(check.failure)}")
+            rest = "" if check.answered else "; nothing more was tried"
+            table.add_row(check.name, f"[red]failed:[/] {escape(check.failure)}{rest}")
         elif check.name in _TEXTS:
             table.add_row(check.name, escape(_TEXTS[check.name](check.found)))
         elif check is kernels[-1]:

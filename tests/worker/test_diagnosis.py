@@ -76,9 +76,9 @@ def test_a_device_that_gets_lost_fails_what_needs_it(monkeypatch: pytest.MonkeyP
 def test_a_call_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     standin.activate(monkeypatch, hang_allocation=1)
     start = time.monotonic()
-    last = examine_gpu("hip", 0, deadline_s=5).checks[-1]
-    assert last == Check("readback", {}, "no answer within 5 s", answered=False)
-    assert time.monotonic() - start < 40
+    last = examine_gpu("hip", 0, deadline_s=8).checks[-1]
+    assert last == Check("readback", {}, "no answer within 8 s", answered=False)
+    assert time.monotonic() - start < 60
 
 
 def test_a_process_that_ends_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
