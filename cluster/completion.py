@@ -25,8 +25,8 @@ class Completion:
     Attributes:
         text: without special tokens, and cut before a stop string.
         token_ids: everything generated, with the token that ended it.
-        finish_reason: "stop" (the model ended it, or a stop string or token was met) or "length" (max_tokens
-            or the end of the context was reached).
+        finish_reason: "stop" (the model ended it, or a stop string or token was met), "length" (max_tokens or
+            the end of the context was reached) or "error".
         prompt_token_ids: the prompt as the model saw it.
         usage: counts and times.
         logprobs: one for each token, if asked for.
@@ -66,7 +66,7 @@ def completion(prompt: list[int], increment: Increment, wants_logprobs: bool) ->
     return Completion(
         text=increment.text,
         token_ids=increment.token_ids,
-        finish_reason=increment.finish_reason or "stop",
+        finish_reason=increment.ending or "stop",
         prompt_token_ids=prompt,
         usage=Usage(
             len(prompt), len(increment.token_ids), increment.first_token_s or 0.0, increment.total_s or 0.0
@@ -94,7 +94,7 @@ class ChunkStream:
             index=index,
             text=increment.text,
             token_ids=increment.token_ids,
-            finish_reason=increment.finish_reason,
+            finish_reason=increment.ending,
             logprobs=increment.logprobs or None,
             usage=self._usage(index, increment) if increment.is_last else None,
         )

@@ -264,7 +264,7 @@ class Engine:
             if isinstance(output, LogitsOutput):
                 self._add_logits(answer, output)
             else:
-                self._add_token(answer, output, began)
+                self._add_token(answer, output)
             pending = answer.pending
             if pending.is_last:
                 pending.total_s = time.monotonic() - answer.arrived
@@ -275,7 +275,7 @@ class Engine:
         self._report(ready)
         self.times.deliver_s += time.perf_counter() - began
 
-    def _add_token(self, answer: _Answer, output: TokenOutput, now: float) -> None:
+    def _add_token(self, answer: _Answer, output: TokenOutput) -> None:
         pending, params = answer.pending, answer.request.params
         self.times.generated += 1
         if not answer.has_token:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.completion import Completion
+
 
 class RedshardError(Exception):
     """The base of every error Redshard raises on purpose."""
@@ -20,7 +25,13 @@ class ModelError(RedshardError):
 
 
 class RequestError(RedshardError):
-    """A request could not be finished: its step killed its workers again and again, or it was cancelled."""
+    """A request could not be finished: its steps killed their workers again and again, or it was cancelled.
+
+    Attributes:
+        completions: of `generate`, all answers; those that failed end with the finish reason "error".
+    """
+
+    completions: list[Completion] | None = None
 
 
 class PipelineError(RedshardError):

@@ -7,6 +7,7 @@ import queue
 import secrets
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -153,24 +154,31 @@ class LLM:
 
         Raises:
             PromptError, ParameterError: a prompt or parameter cannot be used; nothing was run.
-            RequestError: a request failed.
+            RequestError: requests failed; all others have ended, and its `completions` hold their answers.
             PipelineError: the workers are gone for good.
         """
         requests = self._requests(prompts, params)
-        last = {increment.request_id: increment for increment in self._increments(requests)}
+        last: dict[str, Increment] = {}
+        with _completions_in_error(requests, last):
+            for increment in self._increments(requests):
+                last[increment.request_id] = increment
         return _completions(requests, last)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[CompletionChunk]:
         """As `generate`, each chunk as soon as it is there; ending the iteration aborts the requests.
 
-        Prompts and parameters are checked at the call, and run from the first `next` on.
+        Prompts and parameters are checked at the call, and run from the first `next` on. An answer that fails
+        ends with the finish reason "error"; RequestError is raised when all others have ended too.
         """
         return self._chunks(self._requests(prompts, params, stream=True))
 
     async def agenerate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[Completion]:
         """As `generate`, for asyncio; cancelling it aborts the requests."""
         requests = self._requests(prompts, params)
-        last = {increment.request_id: increment async for increment in self._aincrements(requests)}
+        last: dict[str, Increment] = {}
+        with _completions_in_error(requests, last):
+            async for increment in self._aincrements(requests):
+                last[increment.request_id] = increment
         return _completions(requests, last)
 
     def astream(
@@ -187,9 +195,9 @@ class LLM:
         """
         tokens = self._prompts.encode(token_ids, n_answer=0)
         request = Request(self._session.new_id(), tokens, SamplingParams(), wants_logits=True)
-        logits = next(self._increments([request])).logits
-        assert logits is not None
-        return logits
+        (increment,) = self._increments([request])
+        assert increment.logits is not None
+        return increment.logits
 
     # Looking inside
 
@@ -234,33 +242,41 @@ class LLM:
             yield chunks.chunk(increment)
 
     def _increments(self, requests: list[Request]) -> Iterator[Increment]:
-        """Submit requests and give their increments as they come, until all have ended."""
+        """Submit requests and give their increments as they come, until all have ended.
+
+        Raises:
+            RequestError: some have failed.
+        """
         arrived: queue.SimpleQueue[Increment] = queue.SimpleQueue()
-        n_open = len(requests)
+        ended: list[Increment] = []
         try:
             ask(self._session.register(requests, arrived.put))
-            while n_open:
-                increment = _checked(arrived.get())
-                n_open -= increment.is_last
+            while len(ended) < len(requests):
+                increment = arrived.get()
+                if increment.is_last:
+                    ended.append(increment)
                 yield increment
         finally:
             self._session.forget(requests)
+        _raise_first_error(ended)
 
     async def _aincrements(self, requests: list[Request]) -> AsyncIterator[Increment]:
         """As `_increments`, for asyncio."""
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Increment] = asyncio.Queue()
-        n_open = len(requests)
+        ended: list[Increment] = []
         try:
             await self._session.register(
                 requests, lambda increment: loop.call_soon_threadsafe(arrived.put_nowait, increment)
             )
-            while n_open:
-                increment = _checked(await arrived.get())
-                n_open -= increment.is_last
+            while len(ended) < len(requests):
+                increment = await arrived.get()
+                if increment.is_last:
+                    ended.append(increment)
                 yield increment
         finally:
             self._session.forget(requests)
+        _raise_first_error(ended)
 
 
 def _open(
@@ -315,10 +331,22 @@ def _whole_number(name: str, value: object, least: int, most: int) -> int:
     return int(value)
 
 
-def _checked(increment: Increment) -> Increment:
-    if increment.error is not None:
-        raise RequestError(increment.error)
-    return increment
+def _raise_first_error(ended: list[Increment]) -> None:
+    """Raise RequestError if some of the requests failed that have ended thus."""
+    errors = [increment.error for increment in ended if increment.error is not None]
+    if len(ended) > 1 and errors:
+        raise RequestError(f"{len(errors)} of {len(ended)} requests failed; the first: {errors[0]}")
+    if errors:
+        raise RequestError(errors[0])
+
+
+@contextmanager
+def _completions_in_error(requests: list[Request], last: dict[str, Increment]) -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:
+        error.completions = _completions(requests, last)
+        raise
 
 
 def _completions(requests: list[Request], last: dict[str, Increment]) -> list[Completion]:

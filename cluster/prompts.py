@@ -65,6 +65,8 @@ class PromptEncoder:
         if isinstance(prompt, Sequence) and prompt and all(isinstance(item, Mapping) for item in prompt):
             return self._chat_tokens(prompt)
         try:
+            if isinstance(prompt, (bytes, bytearray)):
+                raise TypeError
             tokens = [operator.index(token) for token in prompt]  # type: ignore[arg-type]
         except TypeError:
             raise PromptError(f"a prompt is text, token ids or chat messages, not {prompt!r:.80}") from None
@@ -87,7 +89,7 @@ class PromptEncoder:
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list of prompts."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, bytes)):
         return [prompts]
     try:
         items: list[Any] = list(prompts)

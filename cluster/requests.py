@@ -72,6 +72,11 @@ class Increment:
     total_s: float | None = None
 
     @property
+    def ending(self) -> str | None:
+        """The finish reason, "error" for a request that failed, None where more follows."""
+        return "error" if self.error is not None else self.finish_reason
+
+    @property
     def is_last(self) -> bool:
         """Whether the request has ended."""
         return self.finish_reason is not None or self.error is not None or self.logits is not None

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cluster.errors import ParameterError
 from worker.arguments import MAX_TOP_LOGPROBS
 
+_LEAST_TEMPERATURE = 1e-4
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -21,7 +23,7 @@ class SamplingParams(BaseModel):
 
     Attributes:
         max_tokens: tokens to generate at most; generation also ends where the context is full.
-        temperature: divides the logits; 0 is greedy.
+        temperature: divides the logits; 0 is greedy, as is anything below 0.0001.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose probabilities reach this sum; 1 keeps all.
         min_p: keep tokens at least this times as probable as the most probable one; 0 keeps all.
@@ -41,15 +43,15 @@ class SamplingParams(BaseModel):
         ParameterError: for an unknown name or a value out of range, naming both.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.8, ge=0, allow_inf_nan=False)
+    temperature: float = Field(0.8, ge=0, le=1000)
     top_k: int = Field(40, ge=0, lt=2**31)
     top_p: float = Field(0.95, gt=0, le=1)
     min_p: float = Field(0.05, ge=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**64)
-    repeat_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    repeat_penalty: float = Field(1.0, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=300)
@@ -71,6 +73,19 @@ class SamplingParams(BaseModel):
         if stop is None:
             return ()
         return (stop,) if isinstance(stop, str) else stop
+
+    @field_validator("max_tokens", "top_k", "seed", "logprobs", mode="before")
+    @classmethod
+    def _no_truth_value(cls, number: Any) -> Any:
+        if isinstance(number, bool):
+            raise ValueError("must be a whole number")
+        return number
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy_where_nearly(cls, temperature: float) -> float:
+        """The largest logit wins at such temperatures, but dividing by them could overflow."""
+        return temperature if temperature >= _LEAST_TEMPERATURE else 0.0
 
     @property
     def penalizes(self) -> bool:

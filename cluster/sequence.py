@@ -134,11 +134,14 @@ class Adjustments:
         return row
 
 
+_SAMPLING_FIELDS = (
+    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
 def _sampling_row(params: SamplingParams, seed: int) -> np.ndarray:
     row = np.zeros((), SAMPLING_ROW_DTYPE)
     row["seed"] = seed
-    for name in ("temperature", "top_k", "top_p", "min_p"):
-        row[name] = getattr(params, name)
-    for name in ("repeat_penalty", "presence_penalty", "frequency_penalty"):
+    for name in _SAMPLING_FIELDS:
         row[name] = getattr(params, name)
     return row

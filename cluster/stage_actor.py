@@ -10,6 +10,7 @@ from typing import Any
 from cluster.wire import decode_batch, encode_batch, encode_result
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
+from worker.device.cpu import usable_cpus
 from worker.gpu_worker import GpuWorker
 from worker.step_batch import StepResult
 
@@ -37,7 +38,7 @@ class StageActor(GpuWorker):
     def __init__(
         self, stage: int, kind: DeviceKind, n_neighbours: int, configuration: WorkerConfiguration
     ) -> None:
-        n_threads = max(1, len(os.sched_getaffinity(0)) // n_neighbours)
+        n_threads = max(1, usable_cpus() // n_neighbours)
         super().__init__(stage, kind, n_threads, configuration, log_level="WARNING")
         self._step_began: float | None = None
 

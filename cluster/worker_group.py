@@ -286,8 +286,8 @@ def _place(bundles: list[dict[str, float]]) -> PlacementGroup:
         there = ray.cluster_resources().get(name, 0)
         if there < amount * n_stages:
             raise PipelineError(
-                f"{n_stages} stages need {amount * n_stages:g} {name}s, but the cluster has {there:g}; "
-                "use fewer stages, or device 'cpu'"
+                f"{_count(n_stages, 'stage')} must have {_count(amount * n_stages, name)}, but the cluster "
+                f"has {there:g}; use fewer stages, or device 'cpu'"
             )
     group = placement_group(bundles, strategy="PACK")
     if not group.wait(_PLACEMENT_S):
@@ -303,3 +303,7 @@ def _place(bundles: list[dict[str, float]]) -> PlacementGroup:
 def _cause(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     return f"{cause}".partition("\n")[0] or type(cause).__name__
+
+
+def _count(n: float, noun: str) -> str:
+    return f"{n:g} {noun}{'' if n == 1 else 's'}"

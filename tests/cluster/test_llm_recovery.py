@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import signal
 import threading
@@ -117,13 +119,14 @@ def test_ending_a_stream_early_aborts_the_request(llm: LLM) -> None:
     assert llm.stats()["times"]["generated"] - generated < 200
 
 
-def test_a_step_that_a_stage_refuses_fails_its_request_alone(ray_instance: None, model: Path) -> None:
-    class PickyStageActor(FakeStageActor):
-        def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
-            if self._stage_number == 0 and 63 in batch.token_ids:
-                raise BatchError("token 63 is not to its taste")
-            return super().run(batch, hidden)
+class PickyStageActor(FakeStageActor):
+    def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
+        if self._stage_number == 0 and 63 in batch.token_ids:
+            raise BatchError("token 63 is not to its taste")
+        return super().run(batch, hidden)
 
+
+def test_a_step_that_a_stage_refuses_fails_its_request_alone(ray_instance: None, model: Path) -> None:
     one = SamplingParams(temperature=0, max_tokens=1)
     with LLM(model, stages=2, device="cpu", max_context=256, stage_class=PickyStageActor) as llm:
         before = pids(llm)
@@ -134,6 +137,27 @@ def test_a_step_that_a_stage_refuses_fails_its_request_alone(ray_instance: None,
         assert llm.stats()["times"]["restarts"] == 0
 
 
+def test_answers_beside_a_failed_one_are_kept(ray_instance: None, model: Path) -> None:
+    prompts, one = [[1, 2], [63, 1], [3, 4]], SamplingParams(temperature=0, max_tokens=1)
+    options = {"device": "cpu", "max_context": 256, "stage_class": PickyStageActor}
+    with LLM(model, max_sequences=1, **options) as llm:  # each in steps of its own
+        with pytest.raises(RequestError, match=r"1 of 3 requests failed; the first: .*taste") as failed:
+            llm.generate(prompts, one)
+        completions = failed.value.completions
+        assert [completion.finish_reason for completion in completions] == ["length", "error", "length"]
+        assert completions[2].token_ids == generate([3, 4], 1, 1)
+        chunks = llm.stream(prompts, one)
+        ended = [(chunk.index, chunk.finish_reason) for chunk in itertools.islice(chunks, 3)]
+        assert ended == [(0, "length"), (1, "error"), (2, "length")]
+        with pytest.raises(RequestError):
+            next(chunks)
+        with pytest.raises(RequestError) as failed:
+            asyncio.run(llm.agenerate(prompts, one))
+        assert failed.value.completions[0].token_ids == generate([1, 2], 1, 1)
+        with pytest.raises(RequestError, match=r"^a step of the request"):
+            llm.logits([63])
+
+
 def test_every_stage_on_gpus_has_one_of_its_own(ray_instance: None, model: Path) -> None:
     with LLM(model, stages=2, device="hip", max_context=256, stage_class=FakeStageActor) as llm:
         workers = llm.stats()["workers"]
@@ -142,7 +166,7 @@ def test_every_stage_on_gpus_has_one_of_its_own(ray_instance: None, model: Path)
         replaced = llm.stats()["workers"]
     assert sorted(gpu for worker in workers for gpu in worker["gpus"]) == [0, 1]
     assert [worker["gpus"] for worker in replaced] == [worker["gpus"] for worker in workers]
-    with pytest.raises(PipelineError, match=r"3 stages need 3 GPUs, but the cluster has 2"):
+    with pytest.raises(PipelineError, match=r"3 stages must have 3 GPUs, but the cluster has 2"):
         LLM(model, stages=3, device="hip", stage_class=FakeStageActor)
 
 

@@ -31,6 +31,10 @@ def test_defaults_are_those_of_llama_cpp() -> None:
         ({"temprature": 1}, "unknown sampling parameter 'temprature'"),
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": float("nan")}, "finite"),
+        ({"temperature": 1e308}, "temperature=1e"),
+        ({"top_p": float("nan")}, "finite"),
+        ({"repeat_penalty": 1e-300}, "repeat_penalty=1e-300"),
+        ({"max_tokens": True}, "max_tokens=True: .*whole number"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0}, "top_p=0"),
         ({"min_p": 1.5}, "min_p=1.5"),
@@ -49,6 +53,11 @@ def test_bad_parameters_are_named(values: dict[str, Any], reason: str) -> None:
         SamplingParams(**values)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, (RedshardError, ValueError))
+
+
+def test_a_temperature_near_zero_is_greedy() -> None:
+    assert SamplingParams(temperature=1e-300).temperature == 0
+    assert SamplingParams(temperature=0.001).temperature == 0.001
 
 
 class Letters:
@@ -84,6 +93,7 @@ def test_prompts_of_every_kind() -> None:
         ([-1], "token -1"),
         (["a", "b"], "not"),
         (5, "not 5"),
+        (b"ab", "not b'ab'"),
         ([1.5], "not"),
         ([{"content": "x"}], "role"),
     ],
@@ -108,6 +118,7 @@ def test_one_prompt_or_many() -> None:
     assert as_list(["a", "b"]) == ["a", "b"]
     assert as_list([[1], "b", [message]]) == [[1], "b", [message]]
     assert as_list([]) == []
+    assert as_list(b"ab") == [b"ab"]
     greedy, warm = SamplingParams(temperature=0), SamplingParams(temperature=1)
     assert params_of_each(None, 2) == [SamplingParams()] * 2
     assert params_of_each([greedy, warm], 2) == [greedy, warm]

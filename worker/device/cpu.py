@@ -69,7 +69,7 @@ class CpuDevice(Device):
 
     def __init__(self, n_threads: int | None = None, isa: str = "auto") -> None:
         try:
-            self._runtime = redshard_cpu.Runtime(_usable_cpus() if n_threads is None else n_threads, isa)
+            self._runtime = redshard_cpu.Runtime(usable_cpus() if n_threads is None else n_threads, isa)
         except ValueError as error:
             raise DeviceError(f"CPU device: {error}") from None
         self.properties = DeviceProperties(
@@ -189,7 +189,7 @@ def _check_range(call: str, buffer: HostBuffer, nbytes: int, offset: int) -> Non
         )
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
     """CPUs this process may run on, or the whole CPUs' worth of time it is given, if that is less."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = cpu_limit()
