@@ -14,7 +14,7 @@ from cluster.stage_actor import DeviceReport, StageActor
 from cluster.worker_group import LoadOrder, WorkerGroup
 from loader.gguf_file import GGUFFile, TensorInfo
 from loader.model_config import ModelConfig, ModelTensors
-from loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, plan_shards
+from loader.shard_plan import DEFAULT_OVERHEAD_BYTES, Device, ModelSize, PlanError, ShardPlan, plan_shards
 from loader.tokenizer import Tokenizer
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
@@ -22,6 +22,7 @@ from worker.forward import StagePart
 from worker.handoff import HandoffType
 from worker.kv_cache import DEFAULT_BLOCK_SIZE
 from worker.step_inputs import StepLimits
+from worker.step_memory import step_bytes
 from worker.weight_types import WeightTypeError, check_weight_types
 from worker.worker import WorkerStats
 
@@ -160,7 +161,10 @@ class Coordinator:
             int(memory * (_CPU_SHARE if report.kind == "cpu" else _GPU_SHARE))
             for memory, report in zip(group.stage_memory(), group.reports, strict=True)
         ]
-        plan, cache_tokens = plan_with_cache(size, [Device(share) for share in shares], settings)
+        overhead = DEFAULT_OVERHEAD_BYTES + step_bytes(
+            config, step_limits(settings, cache_tokens=DEFAULT_BLOCK_SIZE)
+        )
+        plan, cache_tokens = plan_with_cache(size, [Device(share) for share in shares], settings, overhead)
         limits = step_limits(settings, cache_tokens)
         order = LoadOrder(
             settings.path,
@@ -189,9 +193,15 @@ def _check_types(stored: list[TensorInfo], reports: list[DeviceReport]) -> None:
 
 
 def plan_with_cache(
-    size: ModelSize, devices: list[Device], settings: PipelineSettings
+    size: ModelSize, devices: list[Device], settings: PipelineSettings, overhead_bytes: int
 ) -> tuple[ShardPlan, int]:
     """The plan, and the tokens its cache holds: as many as wanted, or as fit if nothing was asked for.
+
+    Args:
+        size: of the model.
+        devices: with what may be used of them.
+        settings: of the pipeline.
+        overhead_bytes: what a device needs besides weights and cache.
 
     Raises:
         ModelError: the model, or the cache asked for, or the cache of a single sequence does not fit.
@@ -201,12 +211,12 @@ def plan_with_cache(
     wanted = settings.cache_tokens or one_sequence * settings.max_sequences
     wanted = max(block, wanted // block * block)
     try:
-        return plan_shards(size, devices, wanted), wanted
+        return plan_shards(size, devices, wanted, overhead_bytes), wanted
     except PlanError as error:
         if settings.cache_tokens is not None:
             raise ModelError(str(error)) from error
     try:
-        plan = plan_shards(size, devices, one_sequence)
+        plan = plan_shards(size, devices, one_sequence, overhead_bytes)
     except PlanError as error:
         raise ModelError(str(error)) from error
     return plan, min(wanted, plan.kv_tokens // block * block)

@@ -65,10 +65,6 @@ class QuantType(Enum):
         except KeyError:
             raise ValueError(f"unknown tensor type {ggml_id}") from None
 
-    @property
-    def bits_per_element(self) -> float:
-        return 8 * self.block_bytes / self.block_elements
-
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of a tensor of this type.
 

@@ -17,7 +17,7 @@ from loader.model_config import ModelConfig, ModelTensors
 from loader.units import BYTE_UNITS, format_bytes
 
 KV_ELEMENT_BYTES = 2
-#: Memory of a device that is neither weights nor cache: activations, staging buffers, the runtime itself.
+#: Memory of a device that staging buffers and the runtime itself take.
 DEFAULT_OVERHEAD_BYTES = 512 << 20
 MAX_DEVICES = 1024
 

@@ -57,16 +57,11 @@ class GpuWorker:
         self._progress = (0, 0)
         self._worker = Worker(open_device(kind, n_threads), configuration)
 
-    def ping(self) -> int:
-        """The process id: proof that the process lives and answers."""
-        return os.getpid()
-
     def load(
         self,
         path: str,
         part: StagePart,
         limits: StepLimits,
-        memory_budget: int | None = None,
         handoff: HandoffType = "float32",
     ) -> WorkerStats:
         """Load a part of a model; arguments and errors as for `Worker.load`."""
@@ -74,7 +69,6 @@ class GpuWorker:
             path,
             part,
             limits,
-            memory_budget=memory_budget,
             handoff=handoff,
             progress=self._note_progress,
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,9 +22,9 @@ from worker.device.base import Device, Graph, HostBuffer
 from worker.forward import Arena, ForwardPass, StageWeights, lay_out
 from worker.handoff import Handoff, HandoffType, Hidden
 from worker.kv_cache import KVCache, KVCacheLayout, LayerShape
-from worker.memory_pool import GROUP_ALIGNMENT, MemoryPool
+from worker.memory_pool import MemoryPool
 from worker.sampler import SampleOutputs, logits_result
-from worker.step_batch import ADJUSTMENT_DTYPE, StepBatch, StepResult
+from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import BatchError, InputLayout, StepInputs, StepLimits
 
 #: A graph for each bucket of rows, ascending.
@@ -214,23 +213,6 @@ class Stage:
     def _staged(self, shape: tuple[int, ...]) -> np.ndarray:
         """The start of the staging buffer as float32 of this shape."""
         return self._staging.array[: 4 * math.prod(shape)].view(np.float32).reshape(shape)
-
-
-def cache_blocks_in(nbytes: int, device: Device, weights: StageWeights, limits: StepLimits) -> int:
-    """How many cache blocks a stage can have if everything besides its weights may take `nbytes`; 0 if none.
-
-    `limits.n_kv_blocks` counts only for a stage without layers, which has no cache: it can have that many.
-    """
-    if not weights.part.layers:
-        return limits.n_kv_blocks
-    layout = cache_layout(weights, limits)
-    rotary = 4 * weights.config.rope.n_rot * limits.max_context
-    inputs = InputLayout(replace(limits, n_kv_blocks=1)).nbytes
-    fixed = activation_bytes(device, weights, limits) + rotary + inputs
-    padding = 2 * GROUP_ALIGNMENT * len(weights.part.layers)
-    # Each token in the cache may also cost an adjustment in the inputs.
-    block = layout.bytes_per_block + ADJUSTMENT_DTYPE.itemsize * limits.block_size
-    return min(max(0, (nbytes - fixed - padding) // block), layout.blocks_in(nbytes))
 
 
 def cache_layout(weights: StageWeights, limits: StepLimits) -> KVCacheLayout:

@@ -18,8 +18,8 @@ from worker.device.base import Device
 from worker.forward import StagePart, StageWeights
 from worker.handoff import Handoff, HandoffType, Hidden
 from worker.memory_pool import MemoryMap, MemoryPool
-from worker.packing import PoolError, plan_packing
-from worker.stage import Stage, cache_blocks_in, cache_layout
+from worker.packing import plan_packing
+from worker.stage import Stage, cache_layout
 from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits
 from worker.upload import Progress, upload
@@ -84,7 +84,6 @@ class Worker:
         part: StagePart,
         limits: StepLimits,
         *,
-        memory_budget: int | None = None,
         handoff: HandoffType = "float32",
         progress: Progress | None = None,
     ) -> WorkerStats:
@@ -93,8 +92,7 @@ class Worker:
         Args:
             path: the model; of a split set, any of its files.
             part: what this worker has of the model.
-            limits: the largest step. `n_kv_blocks` is the size of the cache; with a budget, the least size.
-            memory_budget: bytes of device memory for this worker: the cache gets what everything else leaves.
+            limits: the largest step. `n_kv_blocks` is the size of the cache.
             handoff: element type of hidden states between stages.
             progress: called with (bytes uploaded, bytes in total).
 
@@ -116,8 +114,6 @@ class Worker:
         views = self._pool.allocate_weights(packing)
         upload(self._pool, stored, views, self._configuration.upload, progress)
         weights = StageWeights(config, tensors, part, views)
-        if memory_budget is not None:
-            limits = self._fill(memory_budget, weights, limits)
         self._stage = Stage(self._pool, weights, limits, freq_factors, handoff)
         self._stats = self._loaded_stats(stored, weights, limits, time.monotonic() - started)
         logger.info(
@@ -174,18 +170,6 @@ class Worker:
         if self._stage is None:
             raise ValueError("this worker has not loaded a model")
         return self._stage
-
-    def _fill(self, budget: int, weights: StageWeights, limits: StepLimits) -> StepLimits:
-        """The limits with the largest cache that a budget allows."""
-        left = budget - self._pool.memory_map().allocated_bytes
-        n_blocks = cache_blocks_in(left, self.device, weights, limits)
-        if n_blocks < limits.n_kv_blocks:
-            raise PoolError(
-                f"{format_bytes(budget)} for this worker leave {format_bytes(left)} beside the weights: "
-                f"room for {n_blocks} cache blocks of {limits.block_size} tokens, but at least "
-                f"{limits.n_kv_blocks} are wanted"
-            )
-        return replace(limits, n_kv_blocks=n_blocks)
 
     def _loaded_stats(
         self, stored: Iterable[TensorInfo], weights: StageWeights, limits: StepLimits, load_s: float

@@ -13,6 +13,7 @@ from cluster.errors import ModelError, ParameterError, PromptError, RedshardErro
 from cluster.prompts import PromptEncoder, as_list, params_of_each
 from cluster.sampling_params import SamplingParams
 from loader.chat import ChatTemplate, ChatTemplateError
+from loader.shard_plan import DEFAULT_OVERHEAD_BYTES as OVERHEAD
 from loader.shard_plan import Device, ModelSize
 from worker.configuration import WorkerConfiguration
 
@@ -141,13 +142,13 @@ SETTINGS = PipelineSettings(
 
 
 def test_the_cache_holds_every_sequence_or_what_fits() -> None:
-    plan, tokens = plan_with_cache(SIZE, [Device(64 << 30)] * 2, SETTINGS)
+    plan, tokens = plan_with_cache(SIZE, [Device(64 << 30)] * 2, SETTINGS, OVERHEAD)
     assert tokens == 4096 * 16
     parts = stage_parts(plan)
     assert [(part.is_first, part.is_last) for part in parts] == [(True, False), (False, True)]
     assert [*parts[0].layers, *parts[1].layers] == list(range(8))
 
-    plan, tokens = plan_with_cache(SIZE, [Device(11 << 29)] * 2, SETTINGS)
+    plan, tokens = plan_with_cache(SIZE, [Device(11 << 29)] * 2, SETTINGS, OVERHEAD)
     assert 4096 <= tokens < 4096 * 16
     assert all(stage.free_bytes >= 0 for stage in plan.stages)
     limits = step_limits(SETTINGS, tokens)
@@ -157,6 +158,6 @@ def test_the_cache_holds_every_sequence_or_what_fits() -> None:
 
 def test_what_does_not_fit_is_refused_with_numbers() -> None:
     with pytest.raises(ModelError, match="GiB"):
-        plan_with_cache(SIZE, [Device(2 << 30)] * 2, SETTINGS)
+        plan_with_cache(SIZE, [Device(2 << 30)] * 2, SETTINGS, OVERHEAD)
     with pytest.raises(ModelError, match="would fit"):
-        plan_with_cache(SIZE, [Device(11 << 29)] * 2, replace(SETTINGS, cache_tokens=10**9))
+        plan_with_cache(SIZE, [Device(11 << 29)] * 2, replace(SETTINGS, cache_tokens=10**9), OVERHEAD)

@@ -22,7 +22,6 @@ def test_sizes() -> None:
     assert QuantType.F16.nbytes((7,)) == 14
     assert QuantType.F32.nbytes(()) == 4
     assert QuantType.Q8_0.nbytes((2, 3, 64)) == 2 * 3 * 2 * 34
-    assert QuantType.Q4_0.bits_per_element == 4.5
 
 
 def test_refusals() -> None:

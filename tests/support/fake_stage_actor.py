@@ -37,7 +37,6 @@ class FakeStageActor(StageActor):
         path: str,
         part: StagePart,
         limits: StepLimits,
-        memory_budget: int | None = None,
         handoff: HandoffType = "float32",
     ) -> dict[str, int]:
         """An empty cache."""

@@ -1,4 +1,4 @@
-"""A worker from file to answers: loading, budgets, figures, memory, and the actor class around it."""
+"""A worker from file to answers: loading, figures, memory, and the actor class around it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from worker.forward import StagePart
 from worker.gpu_worker import GpuWorker
 from worker.packing import PoolError
 from worker.step_batch import StepBatch, StepResult
+from worker.step_inputs import StepLimits
+from worker.step_memory import step_bytes
 from worker.worker import Worker
 
 CONFIG = tiny_config("qwen3", n_layers=3)
@@ -98,27 +100,15 @@ def test_few_allocations_and_none_in_steps(model: Path) -> None:
     worker.close()
 
 
-@pytest.mark.parametrize("extra", [0, 1 << 20, 7_654_321])
-def test_a_budget_is_used_but_not_exceeded(model: Path, extra: int) -> None:
-    limits = replace(LIMITS, n_kv_blocks=10)
-    probe = _worker()
-    probe.load(model, WHOLE, limits)
-    budget = probe.memory_map().allocated_bytes + extra
-    probe.close()
+@pytest.mark.parametrize(
+    "limits", [LIMITS, replace(LIMITS, max_tokens=300, max_outputs=70), replace(LIMITS, max_context=5000)]
+)
+def test_steps_take_no_more_than_was_told(model: Path, limits: StepLimits) -> None:
     worker = _worker()
-    stats = worker.load(model, WHOLE, replace(limits, n_kv_blocks=1), memory_budget=budget)
-    allocated = worker.memory_map().allocated_bytes
-    per_block = stats.kv_bytes // stats.n_kv_blocks
-    assert budget - 3 * per_block < allocated <= budget
-    assert worker.run(_batch()).logits.shape == (3, CONFIG.n_vocab)
+    other_bytes = worker.load(model, WHOLE, limits).other_bytes
     worker.close()
-
-
-def test_a_budget_too_small(model: Path) -> None:
-    worker = _worker()
-    with pytest.raises(PoolError, match=r"room for 0 cache blocks of 16 tokens, but at least 1024"):
-        worker.load(model, WHOLE, LIMITS, memory_budget=1 << 20)
-    worker.close()
+    told = step_bytes(CONFIG, limits)
+    assert told / 2 < other_bytes < told + 64 * 1024
 
 
 def test_no_room_on_the_device(model: Path) -> None:
@@ -180,7 +170,6 @@ def root_logger() -> Iterator[logging.Logger]:
 def test_actor_class(model: Path, root_logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = split(3, 2)
     workers = [GpuWorker(stage, "cpu", 1) for stage in range(2)]
-    assert workers[0].ping() == os.getpid()
     assert workers[0].progress() == (0, 0)
     stats = [workers[0].load(str(model), first, LIMITS), workers[1].load(str(model), second, LIMITS)]
     assert f"INFO stage 1 (pid {os.getpid()}): loaded layers [1, 3)" in capsys.readouterr().err
