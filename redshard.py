@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before everything else, which the command line does not wait for
+    from cluster.cli import main
+
+    main()
+
 from cluster.completion import Completion, CompletionChunk, Usage
 from cluster.errors import (
     ModelError,
@@ -31,8 +36,3 @@ __all__ = [
     "Usage",
     "WorkerConfiguration",
 ]
-
-if __name__ == "__main__":
-    from cluster.cli import main
-
-    main()

@@ -15,9 +15,20 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.commands.loading import Loaded, loaded_model
-from cluster.commands.options import DeviceName, DeviceOption, JsonOption, ModelArgument, StagesOption
+from cluster.commands.options import (
+    DeviceName,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    SequencesOption,
+    StagesOption,
+)
 from cluster.completion import Usage
+from cluster.errors import ParameterError
 from cluster.sampling_params import SamplingParams
+from loader.gguf_file import GGUFFile
+from loader.model_config import ModelConfig
+from loader.model_path import find_model
 from loader.units import format_bytes
 from worker.bandwidth import host_read_bandwidth
 
@@ -72,14 +83,27 @@ def bench(
     model: ModelArgument,
     stages: StagesOption = 1,
     device: DeviceOption = DeviceName.AUTO,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of the prompt; 512 or what the model takes unless given.", show_default=False
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each sequence.")] = 64,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences of the batch.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="How often to measure; medians are shown.")] = 3,
+    sequences: SequencesOption = 16,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=1000, help="How often to measure; medians are shown.")
+    ] = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Measure loading, prompts, decoding and batches on random tokens."""
-    context = max(prompt, 16 + tokens) + 2
+    longest = _longest_prompt(model)
+    if prompt is None:
+        prompt = min(512, longest)
+    for option, length in (("--prompt", prompt), ("--tokens", tokens)):
+        if length > longest:
+            raise ParameterError(f"{option} is {length}; the context of {model} has room for {longest}")
+    context = max(prompt, tokens) + 1
     options = {"stages": stages, "device": device.value, "max_context": context, "max_sequences": sequences}
     with loaded_model(model, **options) as loaded:
         report = measure(loaded, prompt, tokens, sequences, rounds)
@@ -87,6 +111,12 @@ def bench(
         print(json.dumps(asdict(report) | {"bandwidth_share": report.bandwidth_share}, indent=2))
     else:
         _show(report, prompt, tokens, sequences)
+
+
+def _longest_prompt(model: str) -> int:
+    """Tokens that fit into the model's context beside one token more."""
+    with GGUFFile.open(find_model(model)) as file:
+        return ModelConfig.from_gguf(file).context_length - 1
 
 
 def measure(loaded: Loaded, n_prompt: int, n_tokens: int, n_sequences: int, rounds: int) -> Report:

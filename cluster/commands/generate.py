@@ -6,16 +6,25 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
+from annotated_types import Ge, Le, Lt
 from rich.console import Console
 from rich.rule import Rule
 
 from cluster.commands.figures import Stopwatch
 from cluster.commands.loading import Loaded, loaded_model
-from cluster.commands.options import DeviceName, DeviceOption, JsonOption, ModelArgument, StagesOption
-from cluster.commands.text_files import read_lines
+from cluster.commands.options import (
+    ContextOption,
+    DeviceName,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    SequencesOption,
+    StagesOption,
+)
+from cluster.commands.text_files import STDIN, read_texts, shown_name, with_stdin_lines
 from cluster.completion import CompletionChunk
 from cluster.errors import ParameterError
 from cluster.prompts import Prompt
@@ -24,10 +33,26 @@ from cluster.sampling_params import SamplingParams
 _DEFAULTS = SamplingParams()
 
 
+def _sampling(name: str, text: str) -> Any:
+    """The option of a sampling parameter, in its range; `SamplingParams` minds exclusive lower bounds."""
+    least = most = None
+    for bound in SamplingParams.model_fields[name].metadata:
+        if isinstance(bound, Ge):
+            least = cast(float, bound.ge)
+        elif isinstance(bound, Le):
+            most = cast(float, bound.le)
+        elif isinstance(bound, Lt):  # of whole numbers
+            most = cast(int, bound.lt) - 1
+    return typer.Option(min=least, max=most, help=text)
+
+
 def generate(
     model: ModelArgument,
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Texts to continue.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            help="Texts to continue; - stands for the lines of standard input.", show_default=False
+        ),
     ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Read a prompt from each line of this file; - is standard input.")
@@ -35,22 +60,22 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are messages of a user.")] = False,
     stages: StagesOption = 1,
     device: DeviceOption = DeviceName.AUTO,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence; up to 4096 unless given.", show_default=False)
-    ] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences that run at the same time.")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = _DEFAULTS.max_tokens,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _DEFAULTS.temperature,
+    context: ContextOption = None,
+    sequences: SequencesOption = 16,
+    max_tokens: Annotated[int, _sampling("max_tokens", "Tokens to generate at most.")] = _DEFAULTS.max_tokens,
+    temperature: Annotated[float, _sampling("temperature", "0 is greedy.")] = _DEFAULTS.temperature,
     top_k: Annotated[
-        int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")
+        int, _sampling("top_k", "Keep the k most probable tokens; 0 keeps all.")
     ] = _DEFAULTS.top_k,
-    top_p: Annotated[float, typer.Option(help="Keep this much probability; 1 keeps all.")] = _DEFAULTS.top_p,
+    top_p: Annotated[
+        float, _sampling("top_p", "Keep this much probability, more than 0; 1 keeps all.")
+    ] = _DEFAULTS.top_p,
     min_p: Annotated[
-        float, typer.Option(help="Keep tokens this probable, relative to the best one.")
+        float, _sampling("min_p", "Keep tokens this probable, relative to the best one.")
     ] = _DEFAULTS.min_p,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    seed: Annotated[int | None, _sampling("seed", "The same seed gives the same text.")] = None,
     repeat_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes tokens seen before less likely.")
+        float, _sampling("repeat_penalty", "Above 1 makes tokens seen before less likely.")
     ] = _DEFAULTS.repeat_penalty,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     as_json: JsonOption = False,
@@ -74,10 +99,11 @@ def generate(
 
 
 def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    lines = [line for line in read_lines(file) if line.strip()] if file is not None else []
-    texts = [*(prompts or []), *lines]
-    if not texts:
+    if not prompts and file is None:
         raise ParameterError('give a prompt, such as: redshard generate MODEL.gguf "Once upon a time"')
+    texts = [*with_stdin_lines(prompts or ()), *(read_texts(file) if file is not None else ())]
+    if not texts:
+        raise ParameterError(f"{shown_name(file or Path(STDIN))} has no prompts: it is empty or blank")
     return texts
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.options import JsonOption, ModelArgument
+from cluster.commands.options import ContextOption, JsonOption, ModelArgument, SequencesOption
 from cluster.errors import ParameterError
 from loader.gguf_file import GGUFFile
 from loader.model_config import ModelConfig, ModelTensors
@@ -23,11 +23,8 @@ def plan(
     gpus: Annotated[
         str, typer.Option(help="GPUs and their memory, such as 4x16GiB,1x8GiB.", show_default=False)
     ],
-    context: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of each sequence; up to 4096 unless given.", show_default=False),
-    ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences at the same time.")] = 1,
+    context: ContextOption = None,
+    sequences: SequencesOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Show which layers, bytes and cached tokens would go to which GPU, and what would not fit."""
@@ -40,9 +37,11 @@ def plan(
         raise ParameterError(
             f"--context {context} exceeds the {config.context_length} tokens {config.name} was made for"
         )
-    shards = plan_shards(size, devices, kv_tokens=context * sequences)
+    asked = context * sequences
+    shards = plan_shards(size, devices, kv_tokens=asked)
     if as_json:
-        print(json.dumps({"kv_tokens": shards.kv_tokens} | asdict(shards), indent=2))
+        tokens = {"context": context, "sequences": sequences, "kv_tokens_asked": asked}
+        print(json.dumps(tokens | {"kv_tokens": shards.kv_tokens} | asdict(shards), indent=2))
         return
     _show(shards, config, context, sequences)
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.gguf_models import tiny_config, write_model
 
 from cluster import cli
+from cluster.commands import options, tokenize
 from cluster.demo_questions import QUESTIONS
 
 Run = Callable[..., "Outcome"]
+#: How to run the command line in a process of its own.
+OWN_PROCESS: dict[str, Any] = {
+    "env": os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.PIPE,
+    "encoding": "utf-8",
+    "timeout": 60,
+}
 
 
 class Outcome:
@@ -73,12 +86,14 @@ def test_plan_puts_every_layer_somewhere(run: Run, model: Path) -> None:
     layers = [range(stage["first"], stage["last"]) for stage in plan["stages"]]
     assert [layer for stage in layers for layer in stage] == [0, 1, 2]
     assert plan["kv_tokens"] >= 64
+    assert (plan["context"], plan["sequences"], plan["kv_tokens_asked"]) == (64, 1, 64)
 
 
 def test_plan_says_what_would_fit(run: Run, model: Path) -> None:
     refused(run("plan", model, "--gpus", "1MiB"), "would hold them")
     refused(run("plan", model, "--gpus", "lots"), "'lots'", "4x16GiB")
     refused(run("plan", model, "--gpus", "1GiB", "--context", 257), "257", "256")
+    refused(run("plan", model, "--gpus", "1GiB", "--sequences", 10**20), "'--sequences'", "4096")
 
 
 def test_tokenize_prints_a_line_a_text(run: Run, model: Path, tmp_path: Path) -> None:
@@ -94,6 +109,27 @@ def test_tokenize_refuses_what_is_no_json_string(run: Run, model: Path, tmp_path
     texts.write_text('"ab"\n{"not": "a string"}\n')
     refused(run("tokenize", model, "--jsonl", texts), "line 2", "JSON string")
     refused(run("tokenize", model), "--jsonl")
+    texts.write_text('"\\ud800"\n')
+    refused(run("tokenize", model, "--jsonl", texts), "line 1", "surrogate")
+
+
+def test_tokenize_prints_all_or_nothing_and_skips_blank_lines(run: Run, model: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('"ab"\n\nno JSON\n')
+    outcome = run("tokenize", model, "--jsonl", texts)
+    refused(outcome, "line 3")
+    assert outcome.out == ""
+    texts.write_text('"ab"\n\n"b"\n\n')
+    assert run("tokenize", model, "--jsonl", texts).out == run("tokenize", model, "ab", "b").out
+
+
+def test_a_dash_among_the_texts_is_standard_input(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\n\nb\n")))
+    assert run("tokenize", model, "a", "-", "c").out == run("tokenize", model, "a", "ab", "b", "c").out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    refused(run("generate", model, "-"), "standard input has no prompts")
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "tokenize", "generate", "bench"])
@@ -103,6 +139,9 @@ def test_missing_and_broken_files(run: Run, tmp_path: Path, command: str) -> Non
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + b"\x03\0\0\0")
     refused(run(command, broken, *options), "broken.gguf", "truncated")
+    refused(run(command, "", *options), "name of the model is empty")
+    refused(run(command, tmp_path, *options), f"'{tmp_path}' is a directory;")
+    refused(run(command, "/dev/null", *options), "'/dev/null' is not a regular file;")
 
 
 def test_unsupported_architecture_lists_the_known_ones(run: Run, tmp_path: Path) -> None:
@@ -113,14 +152,35 @@ def test_unsupported_architecture_lists_the_known_ones(run: Run, tmp_path: Path)
 def test_invalid_parameters(run: Run, model: Path) -> None:
     refused(run("generate", model, "x", "--temperature", "-1"), "temperature")
     refused(run("generate", model), "give a prompt")
-    refused(run("generate", model, "x", "--stages", 6), "stages", "5")
+    refused(run("generate", model, "x", "--stages", 6), "error: --stages is 6;", "5")
+    refused(run("generate", model, "x", "--context", 257), "error: --context is 257;", "256")
+    refused(run("generate", model, "x", "--top-p", 0), "error: --top-p=0.0:")
+    refused(run("generate", model, "x", "--stop", ""), "error: --stop='':")
+    refused(run("bench", model, "--prompt", 256), "error: --prompt is 256;", "255")
+    refused(run("bench", model, "--tokens", 256), "error: --tokens is 256;", "255")
+
+
+def test_help_names_the_ranges(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster import llm
+
+    assert options.MAX_SEQUENCES == llm.MAX_SEQUENCES
+    monkeypatch.setenv("COLUMNS", "150")
+    shown = run("generate", "--help").out
+    for text in ("[1<=x<=4096]", "[0<=x<=2147483647]", "[0<=x<=18446744073709551615]", "[x>=2]", "[0<=x<=1]"):
+        assert text in shown
+
+
+@pytest.mark.parametrize("command", ["generate", "tokenize"])
+def test_arguments_that_are_no_text_are_named(run: Run, model: Path, command: str) -> None:
+    refused(run(command, model, "fine", "x\udcff"), "argument 4", r"b'x\xff'")
 
 
 def test_usage_errors(run: Run, model: Path) -> None:
-    refused(run("generate", model, "x", "--top-k", "abc"), "--top-k", "--help")
+    refused(run("generate", model, "x", "--top-k", "abc"), "--top-k", "(see `redshard generate --help`)")
+    refused(run("generate"), "Missing argument 'model' (see `redshard generate --help`)")
     refused(run("plan", model), "--gpus")
     refused(run("bench", model, "--sequences", 0), "--sequences")
-    refused(run("nonsense"), "nonsense")
+    refused(run("nonsense"), "nonsense", "(see `redshard --help`)")
     refused(run("inspect", "~nobody-of-this-name/model.gguf"), "there is no file")
 
 
@@ -129,6 +189,61 @@ def test_help_without_arguments(run: Run) -> None:
     assert outcome.code == 0
     for command in ("generate", "demo", "inspect", "plan", "tokenize", "bench", "doctor"):
         assert command in outcome.out
+
+
+def test_version(run: Run) -> None:
+    assert re.fullmatch(r"redshard( \d+\.\d+\.\d+|, not installed.*)\n", run("--version").out)
+
+
+def test_ctrl_c_says_so_in_one_word(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenize, "read_lines", interrupt)
+    outcome = run("tokenize", "demo", "--jsonl", "-")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "interrupted\n")
+
+
+SIGNAL_AT_IMPORT = f"""
+import os, sys
+
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), {int(signal.SIGINT)})
+
+sys.meta_path.insert(0, Interrupt())
+from cluster.cli import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_modules_are_imported() -> None:
+    process = subprocess.run([sys.executable, "-c", SIGNAL_AT_IMPORT, "--help"], **OWN_PROCESS)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "demo", "--tensors"], ["tokenize", "demo", "a"], ["--help"]]
+)
+def test_a_closed_pipe_ends_it_quietly(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = [sys.executable, "-c", "from cluster.cli import main; main()", *arguments]
+        process = subprocess.run(command, **(OWN_PROCESS | {"stdout": writing}))
+    finally:
+        os.close(writing)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_output_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf", tiny_config("llama"), metadata={"general.name": "зима"})
+    command = [sys.executable, "-c", "from cluster.cli import main; main()", "inspect", str(model)]
+    environment = OWN_PROCESS["env"] | {"PYTHONIOENCODING": "ascii"}
+    process = subprocess.run(command, **(OWN_PROCESS | {"env": environment}))
+    assert process.returncode == 0, process.stderr
+    assert "зима" in process.stdout
 
 
 @pytest.mark.usefixtures("ray_instance")
