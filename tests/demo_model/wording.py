@@ -50,7 +50,9 @@ def casual(rng: Random, question: str) -> str:
 
 
 def is_plain(question: str) -> bool:
-    """Whether `question` is a whole sentence with nothing put before or after it by `casual`."""
+    """Whether `question` is a whole sentence in good English with nothing put around it by `casual`."""
     wrapped = question.startswith(_OPENERS) or question.endswith(_CLOSERS)
     ordered = question.startswith(("Calculate", "Compute", "Work out")) and question[-1] == "?"
-    return question[0].isupper() and question[-1] in "?." and not wrapped and not ordered
+    uncounted = question.startswith("How much ") and not question.startswith("How much is ")
+    whole = question[0].isupper() and question[-1] in "?."
+    return whole and not wrapped and not ordered and not uncounted
