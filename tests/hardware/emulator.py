@@ -145,6 +145,7 @@ def _emulator() -> Any:
     emulator = importlib.import_module("test.mockgpu.amd.emu")
     _give_room(emulator)
     _widen_conversions(emulator)
+    _start_from_constants(emulator)
     return emulator
 
 
@@ -184,3 +185,29 @@ def _widen_conversions(emulator: Any) -> None:
         return compile_instruction(instruction, context)
 
     emulator._INST_HANDLERS[emulator.irc.VOP1] = widened
+
+
+def _start_from_constants(emulator: Any) -> None:
+    """Let products of matrices with float32 results start from an inline constant, such as 0.
+
+    The emulator takes the constant's code, 128 to 208 or 240 to 248, for the number of a vector register.
+    """
+    compile_product, vector_registers = emulator._compile_wmma, 256  # codes of sources from here on
+
+    def started(instruction: Any, context: Any) -> Any:
+        start = context.inst_field(type(instruction).src2)
+        is_vector = start >= vector_registers
+
+        class Context(emulator._Ctx):
+            def rvgpr_dyn(self, register: Any, lane: Any, valid: Any = None) -> Any:
+                value = super().rvgpr_dyn(register, lane, valid)
+                if start not in register.toposort():
+                    return value
+                return is_vector.where(value, self.rsgpr_dyn(start, is_vector.logical_not()))
+
+        own = Context(context.inst_size, context.wave_size)
+        product = compile_product(instruction, own)
+        context.dyn_fields.extend(own.dyn_fields)
+        return product
+
+    emulator._compile_wmma = started

@@ -15,8 +15,9 @@ EMULATED = Path(__file__).with_name("EMULATED.md")
 _EMULATED_HEAD = """\
 # Kernels on the emulator
 
-Each kernel's machine code against numpy: the largest relative error (root of summed squares) of all cases of
-`test_amd_emulator.py`. Made by that module with `WRITE_EMULATED=1`; see README.md.
+Each kernel's machine code against numpy: the largest relative error (root of summed squares; of a log
+probability, in proportion to 1 + its size) of all cases of `test_amd_emulator.py`. Made by that module with
+`WRITE_EMULATED=1`; see README.md.
 
 - date: {date}
 - compiler: {compiler}
