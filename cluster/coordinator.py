@@ -8,60 +8,31 @@ from typing import Any
 
 from cluster.engine import Engine
 from cluster.errors import ModelError, PipelineError
+from cluster.pipeline_plan import (
+    PipelineSettings,
+    overhead_bytes,
+    plan_with_cache,
+    scheduler_limits,
+    stage_parts,
+    step_limits,
+)
 from cluster.requests import Increment, Request
-from cluster.scheduler import Scheduler, SchedulerLimits
+from cluster.scheduler import Scheduler
 from cluster.stage_actor import DeviceReport, StageActor
 from cluster.worker_group import LoadOrder, WorkerGroup
 from loader.gguf_file import GGUFFile, TensorInfo
 from loader.model_config import ModelConfig, ModelTensors
-from loader.shard_plan import DEFAULT_OVERHEAD_BYTES, Device, ModelSize, PlanError, ShardPlan, plan_shards
+from loader.shard_plan import Device, ModelSize
 from loader.tokenizer import Tokenizer
-from worker.configuration import WorkerConfiguration
-from worker.device.choose import DeviceKind
-from worker.forward import StagePart
-from worker.handoff import HandoffType
-from worker.kv_cache import DEFAULT_BLOCK_SIZE
-from worker.step_inputs import StepLimits
-from worker.step_memory import step_bytes
 from worker.weight_types import WeightTypeError, check_weight_types
 from worker.worker import WorkerStats
 
-#: Rows of one step whose logits are wanted, at least; a request for logits gets that many at once.
-MIN_STEP_OUTPUTS = 64
 #: The share of a device's free memory that a plan may use; runtimes and neighbours take the rest.
 _GPU_SHARE = 0.92
 _CPU_SHARE = 0.6
 #: A worker's watchdog ends its process at the deadline of a step; should that fail, the engine does, later.
 _GRACE = 1.1
 _GRACE_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineSettings:
-    """What a pipeline is to be.
-
-    Attributes:
-        path: absolute path of the model, the same on every node.
-        n_stages: workers that share the layers.
-        kind: of device.
-        max_context: tokens a sequence may have.
-        max_sequences: sequences that may run at once.
-        max_step_tokens: tokens of one step.
-        cache_tokens: tokens the key/value cache is to hold; None for max_context of each sequence, or as many
-            as fit.
-        handoff: element type of hidden states between stages.
-        worker: configuration of the workers.
-    """
-
-    path: str
-    n_stages: int
-    kind: DeviceKind
-    max_context: int
-    max_sequences: int
-    max_step_tokens: int
-    cache_tokens: int | None
-    handoff: HandoffType
-    worker: WorkerConfiguration
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +132,8 @@ class Coordinator:
             int(memory * (_CPU_SHARE if report.kind == "cpu" else _GPU_SHARE))
             for memory, report in zip(group.stage_memory(), group.reports, strict=True)
         ]
-        overhead = DEFAULT_OVERHEAD_BYTES + step_bytes(
-            config, step_limits(settings, cache_tokens=DEFAULT_BLOCK_SIZE)
-        )
-        plan, cache_tokens = plan_with_cache(size, [Device(share) for share in shares], settings, overhead)
+        devices = [Device(share) for share in shares]
+        plan, cache_tokens = plan_with_cache(size, devices, settings, overhead_bytes(config, settings))
         limits = step_limits(settings, cache_tokens)
         order = LoadOrder(
             settings.path,
@@ -190,67 +159,3 @@ def _check_types(stored: list[TensorInfo], reports: list[DeviceReport]) -> None:
             check_weight_types(stored, report.kind)
     except WeightTypeError as error:
         raise ModelError(str(error)) from error
-
-
-def plan_with_cache(
-    size: ModelSize, devices: list[Device], settings: PipelineSettings, overhead_bytes: int
-) -> tuple[ShardPlan, int]:
-    """The plan, and the tokens its cache holds: as many as wanted, or as fit if nothing was asked for.
-
-    Args:
-        size: of the model.
-        devices: with what may be used of them.
-        settings: of the pipeline.
-        overhead_bytes: what a device needs besides weights and cache.
-
-    Raises:
-        ModelError: the model, or the cache asked for, or the cache of a single sequence does not fit.
-    """
-    block = DEFAULT_BLOCK_SIZE
-    one_sequence = -(-settings.max_context // block) * block
-    wanted = settings.cache_tokens or one_sequence * settings.max_sequences
-    wanted = max(block, wanted // block * block)
-    try:
-        return plan_shards(size, devices, wanted, overhead_bytes), wanted
-    except PlanError as error:
-        if settings.cache_tokens is not None:
-            raise ModelError(str(error)) from error
-    try:
-        plan = plan_shards(size, devices, one_sequence, overhead_bytes)
-    except PlanError as error:
-        raise ModelError(str(error)) from error
-    return plan, min(wanted, plan.kv_tokens // block * block)
-
-
-def stage_parts(plan: ShardPlan) -> tuple[StagePart, ...]:
-    """What each stage of a plan loads."""
-    last = len(plan.stages) - 1
-    return tuple(
-        StagePart(range(stage.first, stage.last), is_first=i == 0, is_last=i == last)
-        for i, stage in enumerate(plan.stages)
-    )
-
-
-def step_limits(settings: PipelineSettings, cache_tokens: int) -> StepLimits:
-    """The largest step the workers are built for."""
-    return StepLimits(
-        max_tokens=settings.max_step_tokens,
-        max_sequences=settings.max_sequences,
-        max_outputs=max(settings.max_sequences, MIN_STEP_OUTPUTS),
-        max_context=settings.max_context,
-        n_kv_blocks=cache_tokens // DEFAULT_BLOCK_SIZE,
-        block_size=DEFAULT_BLOCK_SIZE,
-    )
-
-
-def scheduler_limits(limits: StepLimits, n_stages: int) -> SchedulerLimits:
-    """The same for the scheduler, with a micro-batch in flight for every stage."""
-    return SchedulerLimits(
-        n_blocks=limits.n_kv_blocks,
-        block_size=limits.block_size,
-        max_context=limits.max_context,
-        max_sequences=limits.max_sequences,
-        max_step_tokens=limits.max_tokens,
-        max_step_outputs=limits.max_outputs,
-        n_micro_batches=n_stages,
-    )

@@ -19,8 +19,9 @@ import ray
 
 from cluster.client_session import ClientSession, ask, end_coordinator
 from cluster.completion import ChunkStream, Completion, CompletionChunk, completion
-from cluster.coordinator import Coordinator, PipelineInfo, PipelineSettings
+from cluster.coordinator import Coordinator, PipelineInfo
 from cluster.errors import ModelError, ParameterError, RequestError
+from cluster.pipeline_plan import PipelineSettings, default_step_tokens
 from cluster.prompts import Prompt, PromptEncoder, as_list, check_token_ids, params_of_each
 from cluster.ray_session import RaySession, connect, disconnect
 from cluster.requests import Increment, Request
@@ -36,7 +37,6 @@ from worker.device.choose import DeviceKind
 from worker.handoff import HandoffType
 from worker.weight_types import check_weight_types
 
-DEFAULT_STEP_TOKENS = 512
 #: What a worker's buffers may be asked to hold.
 MAX_SEQUENCES, MAX_STEP_TOKENS, MAX_CACHE_TOKENS = 4096, 1 << 16, 1 << 40
 
@@ -106,7 +106,7 @@ class LLM:
         if max_context is None:
             max_context = self.config.default_context
         if max_step_tokens is None:
-            max_step_tokens = max(DEFAULT_STEP_TOKENS // n_stages, 2 * max_sequences, 128)
+            max_step_tokens = default_step_tokens(n_stages, max_sequences)
         if cache_tokens is not None:
             cache_tokens = _whole_number("cache_tokens", cache_tokens, 1, MAX_CACHE_TOKENS)
         settings = PipelineSettings(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from loader.model_config import ModelConfig
 from loader.model_path import find_model
 from loader.units import format_bytes
 from worker.bandwidth import host_read_bandwidth
+from worker.device.cpu import usable_cpus
 
 if TYPE_CHECKING:
     from cluster.llm import LLM
@@ -137,7 +137,7 @@ def measure(loaded: Loaded, n_prompt: int, n_tokens: int, n_sequences: int, roun
             )
         ),
         bytes_per_token=sum(worker["weight_bytes_per_token"] for worker in workers),
-        bandwidth=host_read_bandwidth(len(os.sched_getaffinity(0))) if on_cpu else None,
+        bandwidth=host_read_bandwidth(usable_cpus()) if on_cpu else None,
         overheads_us=overheads,
         worker_bytes=loaded.worker_bytes(),
     )

@@ -12,10 +12,12 @@ from rich.table import Table
 
 from cluster.commands.options import ContextOption, JsonOption, ModelArgument, SequencesOption
 from cluster.errors import ParameterError
+from cluster.pipeline_plan import PipelineSettings, default_step_tokens, overhead_bytes
 from loader.gguf_file import GGUFFile
 from loader.model_config import ModelConfig, ModelTensors
 from loader.model_path import find_model
 from loader.shard_plan import ModelSize, ShardPlan, parse_gpus, plan_shards
+from worker.configuration import WorkerConfiguration
 
 
 def plan(
@@ -38,7 +40,18 @@ def plan(
             f"--context {context} exceeds the {config.context_length} tokens {config.name} was made for"
         )
     asked = context * sequences
-    shards = plan_shards(size, devices, kv_tokens=asked)
+    settings = PipelineSettings(
+        path=model,
+        n_stages=len(devices),
+        kind="auto",
+        max_context=context,
+        max_sequences=sequences,
+        max_step_tokens=default_step_tokens(len(devices), sequences),
+        cache_tokens=asked,
+        handoff="float32",
+        worker=WorkerConfiguration(),
+    )
+    shards = plan_shards(size, devices, asked, overhead_bytes(config, settings))
     if as_json:
         tokens = {"context": context, "sequences": sequences, "kv_tokens_asked": asked}
         print(json.dumps(tokens | {"kv_tokens": shards.kv_tokens} | asdict(shards), indent=2))

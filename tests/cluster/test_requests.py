@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.coordinator import PipelineSettings, plan_with_cache, scheduler_limits, stage_parts, step_limits
 from cluster.errors import ModelError, ParameterError, PromptError, RedshardError
+from cluster.pipeline_plan import (
+    PipelineSettings,
+    plan_with_cache,
+    scheduler_limits,
+    stage_parts,
+    step_limits,
+)
 from cluster.prompts import PromptEncoder, as_list, params_of_each
 from cluster.sampling_params import SamplingParams
 from loader.chat import ChatTemplate, ChatTemplateError
