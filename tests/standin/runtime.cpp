@@ -207,10 +207,18 @@ API int hipGetDeviceCount(int* count) {
   return *count ? SUCCESS : NO_DEVICE;
 }
 
+thread_local int current_device = 0;
+
 API int hipSetDevice(int ordinal) {
   const int n = static_cast<int>(visible_devices().size());
-  return ordinal >= 0 && ordinal < n ? SUCCESS : INVALID_DEVICE;
+  if (ordinal < 0 || ordinal >= n) return INVALID_DEVICE;
+  current_device = ordinal;
+  return SUCCESS;
 }
+API int hipGetDevice(int* ordinal) { return *ordinal = current_device, SUCCESS; }
+
+constexpr int COMPUTE_UNITS = 4;
+constexpr int PHYSICAL_MULTI_PROCESSORS = 10015;   // hipDeviceAttributePhysicalMultiProcessorCount
 
 // hipDeviceProp_tR0600 as far as it is filled in; offsets by the x86-64 ABI.
 struct DeviceProperties {
@@ -241,8 +249,14 @@ API int hipGetDevicePropertiesR0600(DeviceProperties* properties, int ordinal) {
   properties->shared_per_block = 64 << 10;
   properties->warp_size = static_cast<int>(wave_size());
   properties->max_threads = MAX_WORKGROUP;
-  properties->multi_processors = 4;
+  properties->multi_processors = wave_size() == 32 ? COMPUTE_UNITS / 2 : COMPUTE_UNITS;   // RDNA's come in pairs
   return SUCCESS;
+}
+
+API int hipDeviceGetAttribute(int* value, int attribute, int ordinal) {
+  if (ordinal < 0 || ordinal >= static_cast<int>(visible_devices().size())) return INVALID_DEVICE;
+  if (attribute != PHYSICAL_MULTI_PROCESSORS) return INVALID_VALUE;
+  return *value = COMPUTE_UNITS, SUCCESS;
 }
 
 API int hipRuntimeGetVersion(int* version) { return *version = 70000000, SUCCESS; }

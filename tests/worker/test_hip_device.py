@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hip import hip
 from support import standin
 
 from loader.quant_types import QuantType
@@ -86,6 +87,35 @@ def test_properties(open_hip: Open, arch: str, wave_size: int, features: set[str
     assert (properties.arch, properties.wave_size) == (arch.split(":")[0], wave_size)
     assert (properties.total_memory, properties.lds_bytes) == (3 << 30, 64 << 10)
     assert properties.features == features
+    assert properties.compute_units == 4
+
+
+def test_calls_are_about_their_own_gpu(open_hip: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def current_after(device: HipDevice) -> int:
+        device.free(device.allocate(256))
+        return int(hip.hipGetDevice()[1])
+
+    first, second = (open_hip(ordinal, devices=2) for ordinal in range(2))
+    assert [current_after(device) for device in (first, second, second, first)] == [0, 1, 1, 0]
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(current_after(second)))
+    thread.start()
+    thread.join()
+    assert found == [1]
+    assert current_after(first) == 0
+
+
+def test_a_gpu_that_cannot_be_made_current_is_asked_again(
+    open_hip: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (open_hip(ordinal, devices=2) for ordinal in range(2))
+    first.allocate(256)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0")  # the stand-in looks at every call
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="hipSetDevice"):
+            second.allocate(256)
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES")
+    second.allocate(256)
 
 
 def test_each_visible_gpu_can_be_opened_by_its_number(

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 Direction = Literal["in", "out", "within"]
 
+# Which GPU a runtime's calls are about is a matter of the thread: `current` is the mark of its driver.
+_thread = threading.local()
+
 
 class Driver(ABC):
     """The calls of one runtime for one GPU. Each raises DeviceError with the call, its sizes and the reason.
@@ -47,7 +50,7 @@ class Driver(ABC):
     target: str
 
     def __init__(self) -> None:
-        self._threads = threading.local()
+        self._mark = object()
 
     def call(self, function: Callable[..., Any], *arguments: Any, what: str = "") -> Any:
         """Call a function of the runtime, from whichever thread.
@@ -60,9 +63,8 @@ class Driver(ABC):
         Returns:
             The result, or a tuple of them if there are not one.
         """
-        if not hasattr(self._threads, "current"):  # which GPU is current is a matter of the thread
-            self._threads.current = True
-            self.make_current()
+        if getattr(_thread, "current", None) is not self._mark:
+            self._take_turn()
         try:
             error, *results = function(*arguments)
         except RuntimeError as reason:  # a library or a function is missing
@@ -70,6 +72,15 @@ class Driver(ABC):
         if error.value:
             raise DeviceError(self._failure(function.__name__, what, error))
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _take_turn(self) -> None:
+        """Make this GPU the calling thread's own; its calls until then were about another one."""
+        _thread.current = self._mark  # first, because `make_current` calls
+        try:
+            self.make_current()
+        except BaseException:
+            _thread.current = None
+            raise
 
     def _failure(self, call: str, what: str, error: Any) -> str:
         self.forget_error()

@@ -24,6 +24,7 @@ _HINTS = {
 }
 
 _IPC_HANDLE_BYTES = 64
+_COMPUTE_UNITS = hip.hipDeviceAttribute_t.hipDeviceAttributePhysicalMultiProcessorCount
 _DIRECTIONS = {
     "in": hip.hipMemcpyKind.hipMemcpyHostToDevice,
     "out": hip.hipMemcpyKind.hipMemcpyDeviceToHost,
@@ -82,7 +83,8 @@ class HipDriver(Driver):
         self.properties = DeviceProperties(
             name=properties.name,
             arch=self._architecture.split(":")[0],
-            compute_units=properties.multiProcessorCount,
+            # On RDNA multiProcessorCount counts pairs of them.
+            compute_units=self.call(hip.hipDeviceGetAttribute, _COMPUTE_UNITS, ordinal),
             wave_size=properties.warpSize,
             lds_bytes=properties.sharedMemPerBlock,
             total_memory=properties.totalGlobalMem,
