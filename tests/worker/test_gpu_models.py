@@ -1,4 +1,4 @@
-"""Whole models through `Worker` on stand-in AMD GPUs: the conformance kit, stages, memory, and failures."""
+"""Whole models through `Worker` on GPUs: the conformance kit; on stand-ins also memory and failures."""
 
 from __future__ import annotations
 
@@ -14,32 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import standin
+from support.conformance import OWN_KIT, Reference, kit
 from support.gguf_models import tiny_config, write_model
-from support.stages import LIMITS, CachedSequence, Pipeline, relative_error, split
+from support.stages import LIMITS, CachedSequence, Pipeline, split
 
 from loader.gguf_file import GGUFFile
 from loader.quant_types import QuantType
 from worker.device.base import DeviceError
-from worker.device.choose import open_device
+from worker.device.choose import DeviceKind, open_device
 from worker.memory_pool import PoolError
 from worker.step_batch import SAMPLING_ROW_DTYPE
 from worker.watchdog import EXIT_HUNG
+from worker.weight_types import GPU_WEIGHT_TYPES
 from worker.worker import Worker
-
-KIT = Path(__file__).parents[1] / "data" / "conformance"
-MODELS = sorted(KIT.glob("*.gguf"))
-
-
-def bound_of(path: Path) -> float:
-    """How close a file's logits must come: its kit's README says it."""
-    return 2e-3 if path.name.split(".")[1] == "f16" else 3e-2
-
-
-def check(ours: np.ndarray, reference: np.ndarray, bound: float) -> None:
-    assert relative_error(ours, reference) < bound
-    second, best = np.sort(reference, axis=1)[:, -2:].T
-    clear = best - second > 0.1
-    assert (ours.argmax(axis=1) == reference.argmax(axis=1))[clear].mean() >= 0.95
 
 
 @pytest.fixture
@@ -52,54 +39,63 @@ def use_standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]
     assert standin.count("live allocations") == before
 
 
-class Case:
-    """A file of the kit with its reference, loaded on a stand-in GPU."""
+class Case(Reference):
+    """A file of the kit with its reference, loaded on a GPU."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        stored = np.load(path.with_suffix(".npz"))
-        self.tokens, self.reference = stored["tokens"].astype(np.int32), stored["logits"]
-        self.pipeline = Pipeline(path, devices=[open_device("hip")])
+    def __init__(self, path: Path, kind: DeviceKind = "hip") -> None:
+        super().__init__(path)
+        self.pipeline = Pipeline(path, devices=[open_device(kind)])
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda path: path.stem)
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+@pytest.fixture(scope="module", params=["hip", "cuda"])
+def kind(request: pytest.FixtureRequest) -> Iterator[DeviceKind]:
+    """Stand-in AMD GPUs, or an NVIDIA GPU where there is one."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        standin.activate(monkeypatch)
-        case = Case(request.param)
-        with case.pipeline:
-            yield case
+        if request.param == "hip":
+            standin.activate(monkeypatch)
+        try:
+            open_device(request.param).close()
+        except DeviceError as error:
+            pytest.skip(str(error))
+        yield request.param
+
+
+@pytest.fixture(scope="module", params=kit(GPU_WEIGHT_TYPES), ids=lambda path: path.stem)
+def case(request: pytest.FixtureRequest, kind: DeviceKind) -> Iterator[Case]:
+    case = Case(request.param, kind)
+    with case.pipeline:
+        yield case
 
 
 @pytest.mark.parametrize("chunks", [(), (7, 1, 30, 2), (1,) * 20], ids=["prompt", "chunks", "decode"])
 def test_conformance(case: Case, chunks: tuple[int, ...]) -> None:
-    check(case.pipeline.logits_in_chunks(case.tokens, *chunks), case.reference, bound_of(case.path))
+    case.check(case.pipeline.logits_in_chunks(case.tokens, *chunks))
 
 
 def test_sequences_share_steps(case: Case) -> None:
     """Prompts and decoding sequences in one step, of every size that has a graph of its own."""
     rng = np.random.default_rng(2)
-    n_vocab = case.reference.shape[1]
+    n_vocab = case.logits.shape[1]
     ours, others = CachedSequence(), [CachedSequence() for _ in range(5)]
     parts = []
     for chunk in np.split(case.tokens, [1, 2, 5, 40, 41, 42, 60]):
         fillers = [(other, rng.integers(0, n_vocab, rng.integers(1, 4))) for other in others]
         parts.append(case.pipeline.logits(*fillers[:3], (ours, chunk), *fillers[3:])[3])
-    check(np.concatenate(parts), case.reference, bound_of(case.path))
+    case.check(np.concatenate(parts))
 
 
 @pytest.mark.parametrize("name", ["llama.q4_k.gguf", "qwen3.q8_0.gguf"])
 def test_64_lanes_a_wave(use_standin: Callable[..., None], name: str) -> None:
     use_standin(arch="gfx942")
-    case = Case(KIT / name)
+    case = Case(OWN_KIT / name)
     with case.pipeline:
         logits = case.pipeline.logits_in_chunks(case.tokens, 60, 1, 5)
-    check(logits, case.reference, bound_of(case.path))
+    case.check(logits)
 
 
 def test_stages_give_the_same_bits(use_standin: Callable[..., None]) -> None:
     use_standin(devices=3)
-    path = KIT / "qwen2.q8_0.gguf"
+    path = OWN_KIT / "qwen2.q8_0.gguf"
     tokens = np.load(path.with_suffix(".npz"))["tokens"].astype(np.int32)
     results = []
     for n_stages in (1, 2, 3):
@@ -111,14 +107,14 @@ def test_stages_give_the_same_bits(use_standin: Callable[..., None]) -> None:
 
 def test_a_gpu_and_a_cpu_share_a_model(use_standin: Callable[..., None]) -> None:
     use_standin()
-    case = Case(KIT / "qwen2.q8_0.gguf")
+    case = Case(OWN_KIT / "qwen2.q8_0.gguf")
     case.pipeline.__exit__(None, None, None)
     with Pipeline(case.path, 2, devices=[open_device("hip"), open_device("cpu", 2)]) as pipeline:
-        check(pipeline.logits_in_chunks(case.tokens, 30, 1), case.reference, bound_of(case.path))
+        case.check(pipeline.logits_in_chunks(case.tokens, 30, 1))
 
 
 def test_readback_bounces_where_views_cannot_be_read(use_standin: Callable[..., None]) -> None:
-    path = KIT / "llama.q4_0.gguf"
+    path = OWN_KIT / "llama.q4_0.gguf"
     tokens = np.load(path.with_suffix(".npz"))["tokens"].astype(np.int32)
     results = []
     for settings, expected in (({}, "direct"), ({"refuse_view_reads": 1}, "bounce: hipMemcpyAsync")):
@@ -161,7 +157,7 @@ def test_an_allocation_that_fails_is_named(use_standin: Callable[..., None], num
     device, message = open_device("hip"), ""
     try:
         worker = Worker(device)
-        worker.load(KIT / "llama.q4_k.gguf", split(1, 1)[0], LIMITS)
+        worker.load(OWN_KIT / "llama.q4_k.gguf", split(1, 1)[0], LIMITS)
     except (PoolError, DeviceError) as error:
         message = str(error)
     device.close()
@@ -170,7 +166,7 @@ def test_an_allocation_that_fails_is_named(use_standin: Callable[..., None], num
 
 def test_a_kernel_that_fails_ends_the_step_with_an_error(use_standin: Callable[..., None]) -> None:
     use_standin()
-    pipeline = Pipeline(KIT / "llama.q4_k.gguf", devices=[open_device("hip")])
+    pipeline = Pipeline(OWN_KIT / "llama.q4_k.gguf", devices=[open_device("hip")])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("STANDIN_HIP_FAIL_LAUNCH", str(standin.count("launches") + 7))
         with pytest.raises(DeviceError, match=r"hipStreamSynchronize.*hipErrorLaunchFailure"):
@@ -183,7 +179,7 @@ LOAD = """
 import sys
 from support.stages import LIMITS, split
 from worker.configuration import Deadlines, WorkerConfiguration
-from worker.device.choose import open_device
+from worker.device.choose import DeviceKind, open_device
 from worker.worker import Worker
 worker = Worker(open_device("hip"), WorkerConfiguration(deadlines=Deadlines(allocate_s=1)))
 worker.load(sys.argv[1], split(1, 1)[0], LIMITS)
@@ -192,7 +188,7 @@ worker.load(sys.argv[1], split(1, 1)[0], LIMITS)
 
 def test_the_watchdog_ends_a_worker_whose_allocation_hangs() -> None:
     process = subprocess.run(
-        [sys.executable, "-c", LOAD, str(KIT / "llama.q4_k.gguf")],
+        [sys.executable, "-c", LOAD, str(OWN_KIT / "llama.q4_k.gguf")],
         env=os.environ | standin.environment(hang_allocation=3) | {"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
