@@ -97,7 +97,7 @@ struct RopeStoreArguments {
 };
 
 // out[t, h] = softmax(scale * q[t, h] . K) V over the positions 0 .. positions[t] of the token's sequence; query head h
-// reads cache head h / (n_heads / n_kv_heads). The result of a row does not depend on the other rows of the step.
+// reads cache head h / (n_heads / n_kv_heads). A row reads nothing of the others but what they put into the cache.
 struct AttentionArguments {
   const Step* step;
   const i32* positions;       // [n_tokens]
