@@ -24,6 +24,7 @@ from loader.gguf_file import GGUFFile, TensorInfo
 from loader.model_config import ModelConfig, ModelTensors
 from loader.shard_plan import Device, ModelSize
 from loader.tokenizer import Tokenizer
+from worker.device.choose import DeviceKind
 from worker.weight_types import WeightTypeError, check_weight_types
 from worker.worker import WorkerStats
 
@@ -37,11 +38,19 @@ _GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class PipelineInfo:
-    """A loaded pipeline: the longest sequence it can run, what its cache holds, and its workers."""
+    """A loaded pipeline.
+
+    Attributes:
+        max_length: tokens of the longest sequence it can run.
+        cache_tokens: what its cache holds.
+        workers: one for each stage.
+        warning: why it runs on CPUs although the cluster counts enough GPUs; "" otherwise.
+    """
 
     max_length: int
     cache_tokens: int
     workers: list[WorkerStats]
+    warning: str
 
 
 class Coordinator:
@@ -119,14 +128,7 @@ class Coordinator:
                 stored = list(file.tensors.values())
         except (ValueError, OSError) as error:
             raise ModelError(str(error)) from error
-        group = WorkerGroup(
-            settings.n_stages,
-            settings.kind,
-            settings.worker,
-            _GRACE * settings.worker.deadlines.step_s + _GRACE_S,
-            self._actor_class,
-        )
-        self._group = group
+        group, warning = self._open_group(settings)
         _check_types(stored, group.reports)
         shares = [
             int(memory * (_CPU_SHARE if report.kind == "cpu" else _GPU_SHARE))
@@ -144,7 +146,29 @@ class Coordinator:
         workers = group.load(order, max_in_flight=settings.n_stages)
         scheduler = Scheduler(scheduler_limits(limits, settings.n_stages))
         self._engine = Engine(scheduler, group, tokenizer)
-        return PipelineInfo(scheduler.limits.max_length, limits.n_kv_blocks * limits.block_size, workers)
+        n_tokens = limits.n_kv_blocks * limits.block_size
+        return PipelineInfo(scheduler.limits.max_length, n_tokens, workers, warning)
+
+    def _open_group(self, settings: PipelineSettings) -> tuple[WorkerGroup, str]:
+        """The workers, and a warning if "auto" gives up GPUs that Ray counts but no worker can open.
+
+        Not an error, since that is every machine with a GPU that has none of the runtimes installed.
+        """
+        group = self._new_group(settings, settings.kind)
+        report = next((report for report in group.reports if report.why_no_gpu), None)
+        if report is None:
+            return group, ""
+        group.close()
+        warning = (
+            f"the model runs on CPUs: Ray counts {report.where}, but it cannot be opened "
+            f"({report.why_no_gpu}); choose device 'cpu' if that is meant"
+        )
+        return self._new_group(settings, "cpu"), warning
+
+    def _new_group(self, settings: PipelineSettings, kind: DeviceKind) -> WorkerGroup:
+        deadline_s = _GRACE * settings.worker.deadlines.step_s + _GRACE_S
+        self._group = WorkerGroup(settings.n_stages, kind, settings.worker, deadline_s, self._actor_class)
+        return self._group
 
     def _serving(self) -> Engine:
         if self._engine is None:

@@ -36,3 +36,7 @@ class RequestError(RedshardError):
 
 class PipelineError(RedshardError):
     """The workers cannot be brought up, or cannot be brought back; no request can be served."""
+
+
+class CapacityError(PipelineError, ValueError):
+    """The cluster does not have the GPUs, or CPUs, that the pipeline is to have."""

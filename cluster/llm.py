@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import secrets
 import weakref
@@ -36,6 +37,8 @@ from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
 from worker.handoff import HandoffType
 from worker.weight_types import check_weight_types
+
+logger = logging.getLogger(__name__)
 
 #: What a worker's buffers may be asked to hold.
 MAX_SEQUENCES, MAX_STEP_TOKENS, MAX_CACHE_TOKENS = 4096, 1 << 16, 1 << 40
@@ -129,6 +132,8 @@ class LLM:
         except BaseException:
             disconnect(ray_session)
             raise
+        if info.warning:
+            logger.warning("%s", info.warning)
         self.max_length = info.max_length
         self.cache_tokens = info.cache_tokens
         self._prompts = PromptEncoder(self.tokenizer, chat, info.max_length)

@@ -7,9 +7,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from cluster.wire import decode_batch, encode_batch, encode_result
 from worker.configuration import WorkerConfiguration
-from worker.device.choose import DeviceKind
+from worker.device.base import DeviceError
+from worker.device.choose import GPU_MAKERS, DeviceKind, GpuKind, gpu_count
 from worker.device.cpu import usable_cpus
 from worker.gpu_worker import GpuWorker
 from worker.step_batch import StepResult
@@ -17,12 +20,19 @@ from worker.step_batch import StepResult
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """What the plan needs to know of a stage's device. Memory in bytes; on CPUs it is the whole node's."""
+    """What the plan needs to know of a stage's device. Memory in bytes; on CPUs it is the whole node's.
+
+    Attributes:
+        where: the GPU that Ray gave the stage, and the node.
+        why_no_gpu: why that GPU could not be opened and "auto" took the CPU; "" otherwise.
+    """
 
     name: str
     kind: str
     free_memory: int
     total_memory: int
+    where: str
+    why_no_gpu: str = ""
 
 
 class StageActor(GpuWorker):
@@ -40,13 +50,15 @@ class StageActor(GpuWorker):
     ) -> None:
         n_threads = max(1, usable_cpus() // n_neighbours)
         super().__init__(stage, kind, n_threads, configuration, log_level="WARNING")
+        self._kind = kind
         self._step_began: float | None = None
 
     def report(self) -> DeviceReport:
         """The device, as it is now."""
         device = self._worker.device
         free, total = device.memory_info()
-        return DeviceReport(device.properties.name, device.kind, free, total)
+        why_no_gpu = _why_no_gpu() if self._kind == "auto" and device.kind == "cpu" else ""
+        return DeviceReport(device.properties.name, device.kind, free, total, place_name(), why_no_gpu)
 
     def stats(self) -> dict[str, Any]:
         """The fields of `WorkerStats`, and the process id."""
@@ -71,3 +83,21 @@ class StageActor(GpuWorker):
         """How long the present step has been running; 0 between steps. Answers while a step runs."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
+
+
+def place_name() -> str:
+    """The GPU that Ray gave this process, if it did, and the node."""
+    node = f"node {ray.util.get_node_ip_address()}"
+    gpus = ray.get_gpu_ids()
+    return f"GPU {gpus[0]} of {node}" if gpus else node
+
+
+def _why_no_gpu() -> str:
+    return "; ".join(f"{maker}: {_why_none(kind)}" for kind, maker in GPU_MAKERS.items())
+
+
+def _why_none(kind: GpuKind) -> str:
+    try:
+        return f"the runtime reports {gpu_count(kind)} GPUs"
+    except DeviceError as error:
+        return str(error)

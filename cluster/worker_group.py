@@ -6,41 +6,35 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engine import StepLost
 from cluster.errors import ModelError, PipelineError
 from cluster.pipeline import Pipeline
+from cluster.placement import Placement
 from cluster.stage_actor import DeviceReport, StageActor
 from worker.configuration import WorkerConfiguration
+from worker.device.base import DeviceError
 from worker.device.choose import DeviceKind
 from worker.forward import StagePart
 from worker.handoff import HandoffType
+from worker.packing import PoolError
 from worker.step_batch import StepBatch, StepResult
 from worker.step_inputs import StepLimits
 from worker.worker import WorkerStats
 
 logger = logging.getLogger(__name__)
 
-#: What a stage on the CPU takes of Ray's own count: next to nothing, since its threads are set explicitly.
-CPU_BUNDLE = {"CPU": 0.01}
-GPU_BUNDLE = {"GPU": 1.0}
-
-_PLACEMENT_S = 60.0
 _REPORT_S = 60.0
 #: A stage that does not answer for this long after a loss is lost too.
 _ANSWER_S = 5.0
-#: Times that stages are started again before the pipeline is given up.
+#: How often the progress of stages that load is looked at.
+_LOOK_S = 1.0
+#: Times that stages are started before the pipeline is given up.
 _MAX_ATTEMPTS = 3
 
 
@@ -54,8 +48,16 @@ class LoadOrder:
     handoff: HandoffType
 
 
+class _StagesLost(Exception):
+    """Workers must be replaced: those of `stages`; the message says what happened to the last of them."""
+
+    def __init__(self, stages: Iterable[int], why: str) -> None:
+        super().__init__(why)
+        self.stages = sorted(stages)
+
+
 class WorkerGroup:
-    """One `StageActor` for each stage, in a placement group with a bundle for each, and their pipeline.
+    """One `StageActor` for each stage, each in its place, and their pipeline.
 
     Args:
         n_stages: actors.
@@ -77,24 +79,31 @@ class WorkerGroup:
         actor_class: type[StageActor] = StageActor,
     ) -> None:
         self._kind, self._configuration, self._deadline_s = kind, configuration, deadline_s
-        self._bundle = CPU_BUNDLE if kind == "cpu" else GPU_BUNDLE
         self._actor_class: Any = ray.remote(actor_class)
         self._order: LoadOrder | None = None
         self._pipeline: Pipeline | None = None
         self._through_host: set[int] = set()
-        self._progress: list[tuple[int, int]] = []
-        self._placement = _place([self._bundle] * n_stages)
-        nodes = placement_group_table(self._placement)["bundles_to_node_id"]
-        stages_on = Counter(nodes.values())
-        self._nodes = [nodes[stage] for stage in range(n_stages)]
-        self._n_neighbours = [stages_on[node] for node in self._nodes]
+        self._progress = [(0, 0)] * n_stages
+        self._reports: dict[int, DeviceReport] = {}
+        self._loaded: dict[int, WorkerStats] = {}
+        self._placement = Placement(n_stages, on_gpus=kind != "cpu")
+        self._n_neighbours = [self._placement.n_neighbours(stage) for stage in range(n_stages)]
         self._actors = [self._start(stage) for stage in range(n_stages)]
-        self.reports = self._open_devices()
+        try:
+            self._open()
+        except _StagesLost as loss:
+            self.close()
+            raise PipelineError(f"the worker of stage {loss.stages[-1]} {loss}") from loss
 
     @property
     def n_stages(self) -> int:
         """How many stages there are."""
         return len(self._actors)
+
+    @property
+    def reports(self) -> list[DeviceReport]:
+        """What each stage's first worker told of its device."""
+        return [self._reports[stage] for stage in range(self.n_stages)]
 
     def stage_memory(self) -> list[int]:
         """Free bytes for each stage; stages on one node's CPUs share its memory."""
@@ -104,26 +113,25 @@ class WorkerGroup:
         ]
 
     def load(self, order: LoadOrder, max_in_flight: int) -> list[WorkerStats]:
-        """Load all stages at once, then connect them.
+        """Load all stages at once, then connect them. Workers that fail are replaced, as in `restore`.
 
         Raises:
-            ModelError: a stage cannot load its part.
-            PipelineError: a stage died meanwhile.
+            ModelError: a stage cannot load its part, whatever the device.
+            PipelineError: workers keep dying.
         """
         self._order, self._max_in_flight = order, max_in_flight
-        stats = self._load(range(self.n_stages))
-        try:
-            self._connect()
-        except PipelineError as error:
-            self.restore(StepLost(str(error)))
-        return stats
+        self._bring_up()
+        return [self._loaded[stage] for stage in range(self.n_stages)]
 
     def progress(self) -> list[tuple[int, int]]:
-        """(bytes uploaded, bytes in total) of each stage; may be called while `load` runs."""
+        """(bytes uploaded, bytes in total) of each stage, as last heard; may be called while `load` runs."""
         answers = [actor.progress.remote() for actor in self._actors]
-        with contextlib.suppress(ray.exceptions.RayError):  # whoever loads will hear what is wrong
-            self._progress = ray.get(answers, timeout=_ANSWER_S)
-        return self._progress
+        answered, _ = ray.wait(answers, num_returns=len(answers), timeout=_ANSWER_S)
+        for stage, answer in enumerate(answers):
+            if answer in answered:
+                with contextlib.suppress(ray.exceptions.RayError):  # whoever loads will hear what is wrong
+                    self._progress[stage] = ray.get(answer)
+        return list(self._progress)
 
     def stats(self) -> list[dict[str, Any]]:
         """As `StageActor.stats`, of each stage."""
@@ -146,33 +154,18 @@ class WorkerGroup:
         return self._pipeline.collect()
 
     def restore(self, loss: StepLost) -> None:
-        """Replace dead and hung stages in their bundles, load their layers, and connect all stages anew.
+        """Replace dead and hung workers, on other GPUs if there are any, load and connect all stages anew.
 
         Raises:
-            PipelineError: stages keep dying, or cannot load.
+            ModelError: the model's file cannot be read any more.
+            PipelineError: workers keep dying.
         """
         lost = self._lost_stages(loss.timed_out)
-        for stage in lost:
-            ray.kill(self._actors[stage])
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
-        for attempt in range(1, _MAX_ATTEMPTS + 1):
-            try:
-                for stage in lost:
-                    self._actors[stage] = self._start(stage)
-                self._load(lost)
-                self._connect()
-                return
-            except (PipelineError, ModelError, ray.exceptions.RayError) as error:
-                logger.warning("attempt %d to bring back stages %s failed: %s", attempt, lost, error)
-                if attempt == _MAX_ATTEMPTS:
-                    raise PipelineError(
-                        f"stages {lost} could not be brought back in {attempt} attempts: {error}"
-                    ) from error
-                lost = sorted({*lost, *self._lost_stages(timed_out=False)})
-                for stage in lost:
-                    ray.kill(self._actors[stage])
+        self._replace(lost)
+        self._bring_up()
 
     def close(self) -> None:
         """End all actors and give back their resources. Idempotent."""
@@ -182,57 +175,119 @@ class WorkerGroup:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
-        remove_placement_group(self._placement)
+        self._placement.close()
 
     # Single stages
 
     def _start(self, stage: int) -> Any:
-        options = {"num_cpus": self._bundle.get("CPU", 0), "num_gpus": self._bundle.get("GPU", 0)}
-        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=stage)
+        self._loaded.pop(stage, None)
         # Two threads, to answer questions while a model is loaded. Steps have a thread of their own.
-        actor_class = self._actor_class.options(**options, scheduling_strategy=strategy, max_concurrency=2)
+        actor_class = self._actor_class.options(**self._placement.options(stage), max_concurrency=2)
         return actor_class.remote(stage, self._kind, self._n_neighbours[stage], self._configuration)
 
-    def _open_devices(self) -> list[DeviceReport]:
-        deadline_s = self._configuration.deadlines.start_s
-        try:
-            return ray.get([actor.report.remote() for actor in self._actors], timeout=deadline_s)
-        except ray.exceptions.GetTimeoutError as error:
-            self.close()
-            raise PipelineError(
-                f"not all workers have started within {deadline_s:g} s; a device may hang"
-            ) from error
-        except ray.exceptions.RayError as error:
-            self.close()
-            raise PipelineError(f"a worker could not be started: {_cause(error)}") from error
+    def _replace(self, stages: Iterable[int]) -> None:
+        for stage in stages:
+            ray.kill(self._actors[stage])
+            self._placement.move(stage)
+            self._actors[stage] = self._start(stage)
 
-    def _load(self, stages: range | list[int]) -> list[WorkerStats]:
+    def _bring_up(self) -> None:
+        """Load what is not loaded and connect all stages, with other workers in place of those that fail."""
+        failures: Counter[str] = Counter()
+        lost: list[int] = []
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            self._replace(lost)
+            try:
+                self._open()
+                self._load()
+                self._connect()
+                return
+            except _StagesLost as loss:
+                lost, why = loss.stages, str(loss)
+            logger.warning("attempt %d to bring up stages %s failed: the worker %s", attempt, lost, why)
+            failures.update(f"stage {stage} on {self._placement.name(stage)}" for stage in lost)
+        places = [f"{place} failed {'once' if n == 1 else f'{n} times'}" for place, n in failures.items()]
+        raise PipelineError(
+            f"the stages could not be brought up in {_MAX_ATTEMPTS} attempts: "
+            f"{', '.join([*places, f'the last time the worker {why}'])} (its log in Ray's session folder "
+            "says more)"
+        )
+
+    def _waiting(self) -> list[int]:
+        """Stages whose workers have loaded nothing."""
+        return [stage for stage in range(self.n_stages) if stage not in self._loaded]
+
+    def _open(self) -> None:
+        """Wait until new workers have opened their devices. Raises _StagesLost."""
+        deadline_s = self._configuration.deadlines.start_s
+        answers = {stage: self._actors[stage].report.remote() for stage in self._waiting()}
+        ends = time.monotonic() + deadline_s
+        lost = {}
+        for stage, answer in answers.items():
+            try:
+                report: DeviceReport = ray.get(answer, timeout=max(0.0, ends - time.monotonic()))
+            except ray.exceptions.GetTimeoutError:
+                lost[stage] = f"has not started within {deadline_s:g} s; its device may hang"
+            except ray.exceptions.RayError as error:
+                lost[stage] = f"could not be started: {_cause(error)}"
+            else:
+                self._placement.set_name(stage, report.where)
+                wanted = self._reports.setdefault(stage, report).kind
+                if report.kind != wanted:
+                    lost[stage] = f"has opened a device of kind {report.kind}, not {wanted}"
+        _check_lost(lost)
+
+    def _load(self) -> None:
+        """Have new workers load their layers. Raises _StagesLost, and ModelError as for `load`."""
         assert self._order is not None
         order = self._order
-        loading = [
+        loading = {
             self._actors[stage].load.remote(
-                order.path,
-                order.parts[stage],
-                order.limits,
-                handoff=order.handoff,
-            )
-            for stage in stages
-        ]
+                order.path, order.parts[stage], order.limits, handoff=order.handoff
+            ): stage
+            for stage in self._waiting()
+        }
+        idle_s = self._configuration.deadlines.load_idle_s
+        seen = dict.fromkeys(loading.values(), (0, 0))
+        moved = dict.fromkeys(loading.values(), time.monotonic())
+        lost = {}
+        while loading:
+            ended, _ = ray.wait(list(loading), num_returns=len(loading), timeout=_LOOK_S)
+            for answer in ended:
+                stage = loading.pop(answer)
+                if why := self._take(stage, answer):
+                    lost[stage] = why
+            progress = self.progress() if loading else []
+            for answer, stage in list(loading.items()):
+                if progress[stage] != seen[stage]:
+                    seen[stage], moved[stage] = progress[stage], time.monotonic()
+                elif time.monotonic() - moved[stage] > idle_s:
+                    lost[stage] = f"has not got on with loading for {idle_s:g} s"
+                    del loading[answer]
+        _check_lost(lost)
+
+    def _take(self, stage: int, answer: Any) -> str:
+        """Note that a stage has loaded, or say what became of its worker."""
         try:
-            return ray.get(loading)
+            self._loaded[stage] = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
-            raise ModelError(_cause(error)) from error
+            if not isinstance(error.cause, (DeviceError, PoolError)):
+                raise ModelError(_cause(error)) from error
+            return f"could not load: {_cause(error)}"
         except ray.exceptions.RayError as error:
-            raise PipelineError(f"a worker died while it loaded: {_cause(error)}") from error
+            return f"died while it loaded: {_cause(error)}"
+        return ""
 
     def _connect(self) -> None:
+        """Make the pipeline. Raises _StagesLost."""
         try:
             for stage in range(self.n_stages - 1):
                 if self._share_a_host(stage, stage + 1):
                     self._connect_devices(stage)
+            self._pipeline = Pipeline(self._actors, self._max_in_flight, self._deadline_s)
         except ray.exceptions.RayError as error:
-            raise PipelineError(f"a worker died while the stages were connected: {_cause(error)}") from error
-        self._pipeline = Pipeline(self._actors, self._max_in_flight, self._deadline_s)
+            why = f"died while the stages were connected: {_cause(error)}"
+            raise _StagesLost(self._lost_stages(timed_out=False), why) from error
 
     def _connect_devices(self, stage: int) -> None:
         """Let a stage hand over through device memory, if that works, and let go of what it had opened.
@@ -252,8 +307,9 @@ class WorkerGroup:
 
     def _share_a_host(self, stage: int, other: int) -> bool:
         """Whether two stages are GPUs of one kind on one node."""
-        kinds = {self.reports[stage].kind, self.reports[other].kind}
-        return len(kinds) == 1 and "cpu" not in kinds and self._nodes[stage] == self._nodes[other]
+        kinds = {self._reports[stage].kind, self._reports[other].kind}
+        same_node = self._placement.node(stage) == self._placement.node(other)
+        return len(kinds) == 1 and "cpu" not in kinds and same_node
 
     def _lost_stages(self, timed_out: bool) -> list[int]:
         """Stages that do not answer; after a timeout also those that are still in a step."""
@@ -280,30 +336,13 @@ class WorkerGroup:
             raise PipelineError(f"a worker does not answer: {_cause(error)}") from error
 
 
-def _place(bundles: list[dict[str, float]]) -> PlacementGroup:
-    n_stages = len(bundles)
-    for name, amount in bundles[0].items():
-        there = ray.cluster_resources().get(name, 0)
-        if there < amount * n_stages:
-            raise PipelineError(
-                f"{_count(n_stages, 'stage')} must have {_count(amount * n_stages, name)}, but the cluster "
-                f"has {there:g}; use fewer stages, or device 'cpu'"
-            )
-    group = placement_group(bundles, strategy="PACK")
-    if not group.wait(_PLACEMENT_S):
-        with contextlib.suppress(ray.exceptions.RayError):
-            remove_placement_group(group)
-        raise PipelineError(
-            f"after {_PLACEMENT_S:g} s the cluster still has no room for {n_stages} stages; "
-            "use fewer stages or end what else is running there"
-        )
-    return group
+def _check_lost(lost: dict[int, str]) -> None:
+    if lost:
+        raise _StagesLost(lost, lost[max(lost)])
 
 
 def _cause(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
-    return f"{cause}".partition("\n")[0] or type(cause).__name__
-
-
-def _count(n: float, noun: str) -> str:
-    return f"{n:g} {noun}{'' if n == 1 else 's'}"
+    if getattr(error, "actor_init_failed", False):  # a traceback, whose last line names the error
+        return f"{cause}".rstrip().rpartition("\n")[2].partition(": ")[2]
+    return f"{cause}".partition("\n")[0].rstrip(".") or type(cause).__name__

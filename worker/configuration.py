@@ -58,19 +58,21 @@ class UploadSettings(_Settings):
 
 
 class Deadlines(_Settings):
-    """Seconds that one call may take before the worker counts as hung and ends.
+    """Seconds that one call may take before the worker counts as hung and ends, or is ended.
 
     Attributes:
         allocate_s: one allocation.
         copy_s: the copies between two gates of an upload, or one readback.
         step_s: one step of a stage.
         start_s: the start of the worker's process, with opening its device.
+        load_idle_s: loading without a byte uploaded; kernels are compiled in that time.
     """
 
     allocate_s: float = Field(default=60.0, gt=0)
     copy_s: float = Field(default=120.0, gt=0)
     step_s: float = Field(default=300.0, gt=0)
     start_s: float = Field(default=120.0, gt=0)
+    load_idle_s: float = Field(default=900.0, gt=0)
 
 
 class WorkerConfiguration(_Settings):

@@ -19,6 +19,6 @@ def ray_instance() -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2, num_gpus=2)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2, num_gpus=3)
     yield
     ray.shutdown()

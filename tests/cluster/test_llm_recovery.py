@@ -18,7 +18,7 @@ from support.fake_stage_actor import FakeStageActor
 from support.fake_worker import generate
 from support.gguf_models import tiny_config, write_model
 
-from cluster.errors import PipelineError, RequestError
+from cluster.errors import CapacityError, RequestError
 from cluster.llm import LLM
 from cluster.sampling_params import SamplingParams
 from worker.configuration import Deadlines, WorkerConfiguration
@@ -165,9 +165,9 @@ def test_every_stage_on_gpus_has_one_of_its_own(ray_instance: None, model: Path)
         assert llm.generate([1, 2], GREEDY)[0].token_ids == generate([1, 2], 100, 2)
         replaced = llm.stats()["workers"]
     assert sorted(gpu for worker in workers for gpu in worker["gpus"]) == [0, 1]
-    assert [worker["gpus"] for worker in replaced] == [worker["gpus"] for worker in workers]
-    with pytest.raises(PipelineError, match=r"3 stages must have 3 GPUs, but the cluster has 2"):
-        LLM(model, stages=3, device="hip", stage_class=FakeStageActor)
+    assert [worker["gpus"] for worker in replaced] == [[2], workers[1]["gpus"]]
+    with pytest.raises(CapacityError, match=r"4 stages must have 4 GPUs, but the cluster has 3"):
+        LLM(model, stages=4, device="hip", stage_class=FakeStageActor)
 
 
 def test_nothing_is_left_after_closing(ray_instance: None, model: Path) -> None:

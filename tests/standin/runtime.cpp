@@ -9,6 +9,7 @@
 //   STANDIN_HIP_REFUSE_VIEW_READS    copies to the host from inside an allocation fail with hipErrorInvalidValue
 //   STANDIN_HIP_FAIL_ALLOCATION=N    the Nth allocation of the process fails
 //   STANDIN_HIP_HANG_ALLOCATION=N    the Nth and later allocations never return
+//   STANDIN_HIP_HANG_LAUNCH=N        the Nth and later kernels never end
 //   STANDIN_HIP_FAIL_LAUNCH=N        the Nth kernel that runs fails, which the next wait reports
 //   STANDIN_HIP_LOSE_DEVICE=N        the device is gone once N kernels have run
 //   STANDIN_HIP_REFUSE_IPC           memory of other processes cannot be opened
@@ -469,6 +470,8 @@ API int hipModuleLaunchKernel(void* function, unsigned x, unsigned y, unsigned z
   const std::vector<char> arguments(first, first + kernel.argument_bytes);
   return enqueue(stream, [=] {
     counts.launches++;
+    const long hanging = misbehaviour("STANDIN_HIP_HANG_LAUNCH");
+    while (hanging && counts.launches >= hanging) pause();
     if (counts.launches == misbehaviour("STANDIN_HIP_FAIL_LAUNCH")) return LAUNCH_FAILURE;
     standin::run_grid(kernel, {x, y, z}, threads_x, wave_size(), arguments.data());
     return SUCCESS;

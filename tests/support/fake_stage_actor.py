@@ -9,7 +9,7 @@ import numpy as np
 import ray
 from support.fake_worker import FakeStage
 
-from cluster.stage_actor import DeviceReport, StageActor
+from cluster.stage_actor import DeviceReport, StageActor, place_name
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
 from worker.forward import StagePart
@@ -30,7 +30,7 @@ class FakeStageActor(StageActor):
 
     def report(self) -> DeviceReport:
         """A device of 8 GiB."""
-        return DeviceReport("fake", "cpu", 8 << 30, 8 << 30)
+        return DeviceReport("fake", "cpu", 8 << 30, 8 << 30, place_name())
 
     def load(
         self,
