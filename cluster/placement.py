@@ -29,7 +29,7 @@ _SPARE_S = 10.0
 
 @dataclass(slots=True)
 class _Place:
-    """A bundle of a placement group, on a node; `name` is for people."""
+    """A bundle of a placement group, on a node; `name` is for people, and better once a worker was there."""
 
     group: PlacementGroup
     bundle: int
@@ -134,7 +134,11 @@ class Placement:
 
 def _places(group: PlacementGroup) -> list[_Place]:
     nodes = placement_group_table(group)["bundles_to_node_id"]
-    return [_Place(group, bundle, nodes[bundle], f"node {nodes[bundle]}") for bundle in sorted(nodes)]
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    return [
+        _Place(group, bundle, node, f"node {addresses.get(node, node)}")
+        for bundle, node in sorted(nodes.items())
+    ]
 
 
 def _remove(group: PlacementGroup) -> None:

@@ -90,10 +90,10 @@ class WorkerGroup:
         self._n_neighbours = [self._placement.n_neighbours(stage) for stage in range(n_stages)]
         self._actors = [self._start(stage) for stage in range(n_stages)]
         try:
-            self._open()
-        except _StagesLost as loss:
+            self._bring_up()
+        except PipelineError:
             self.close()
-            raise PipelineError(f"the worker of stage {loss.stages[-1]} {loss}") from loss
+            raise
 
     @property
     def n_stages(self) -> int:
@@ -160,11 +160,7 @@ class WorkerGroup:
             ModelError: the model's file cannot be read any more.
             PipelineError: workers keep dying.
         """
-        lost = self._lost_stages(loss.timed_out)
-        if self._pipeline is not None:
-            self._pipeline.close()
-            self._pipeline = None
-        self._replace(lost)
+        self._replace(self._lost_stages(loss.timed_out))
         self._bring_up()
 
     def close(self) -> None:
@@ -185,22 +181,30 @@ class WorkerGroup:
         actor_class = self._actor_class.options(**self._placement.options(stage), max_concurrency=2)
         return actor_class.remote(stage, self._kind, self._n_neighbours[stage], self._configuration)
 
-    def _replace(self, stages: Iterable[int]) -> None:
+    def _replace(self, stages: list[int]) -> None:
         for stage in stages:
             ray.kill(self._actors[stage])
+        if self._pipeline is not None:
+            self._pipeline.close()  # after the kills, for it waits until every stage that lives has let go
+            self._pipeline = None
+        for stage in stages:
             self._placement.move(stage)
             self._actors[stage] = self._start(stage)
 
     def _bring_up(self) -> None:
-        """Load what is not loaded and connect all stages, with other workers in place of those that fail."""
+        """Open devices, load what is not loaded, if there is an order, and connect all stages.
+
+        Workers that fail are replaced. Raises PipelineError when they keep failing; ModelError as for `load`.
+        """
         failures: Counter[str] = Counter()
         lost: list[int] = []
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             self._replace(lost)
             try:
                 self._open()
-                self._load()
-                self._connect()
+                if self._order is not None:
+                    self._load(self._order)
+                    self._connect()
                 return
             except _StagesLost as loss:
                 lost, why = loss.stages, str(loss)
@@ -237,10 +241,8 @@ class WorkerGroup:
                     lost[stage] = f"has opened a device of kind {report.kind}, not {wanted}"
         _check_lost(lost)
 
-    def _load(self) -> None:
+    def _load(self, order: LoadOrder) -> None:
         """Have new workers load their layers. Raises _StagesLost, and ModelError as for `load`."""
-        assert self._order is not None
-        order = self._order
         loading = {
             self._actors[stage].load.remote(
                 order.path, order.parts[stage], order.limits, handoff=order.handoff
