@@ -25,7 +25,7 @@ from loader.model_config import ModelConfig, ModelTensors
 from loader.shard_plan import Device, ModelSize
 from loader.tokenizer import Tokenizer
 from worker.device.choose import DeviceKind
-from worker.weight_types import WeightTypeError, check_weight_types
+from worker.device_support import UnsupportedOnDeviceError, check_device_support
 from worker.worker import WorkerStats
 
 #: The share of a device's free memory that a plan may use; runtimes and neighbours take the rest.
@@ -123,13 +123,14 @@ class Coordinator:
         try:
             with GGUFFile.open(settings.path) as file:
                 config = ModelConfig.from_gguf(file)
-                size = ModelSize.of(config, ModelTensors(config, file))
+                tensors = ModelTensors(config, file)
+                size = ModelSize.of(config, tensors)
                 tokenizer = Tokenizer.from_metadata(file.metadata)
                 stored = list(file.tensors.values())
         except (ValueError, OSError) as error:
             raise ModelError(str(error)) from error
         group, warning = self._open_group(settings)
-        _check_types(stored, group.reports)
+        _check_support(config, tensors, stored, group.reports)
         shares = [
             int(memory * (_CPU_SHARE if report.kind == "cpu" else _GPU_SHARE))
             for memory, report in zip(group.stage_memory(), group.reports, strict=True)
@@ -176,10 +177,12 @@ class Coordinator:
         return self._engine
 
 
-def _check_types(stored: list[TensorInfo], reports: list[DeviceReport]) -> None:
-    """Raise ModelError if a device has no kernel for some tensor."""
+def _check_support(
+    config: ModelConfig, tensors: ModelTensors, stored: list[TensorInfo], reports: list[DeviceReport]
+) -> None:
+    """Raise ModelError if a device has no kernels for the model."""
     try:
         for report in reports:
-            check_weight_types(stored, report.kind)
-    except WeightTypeError as error:
+            check_device_support(config, tensors, stored, report.kind)
+    except UnsupportedOnDeviceError as error:
         raise ModelError(str(error)) from error

@@ -35,8 +35,8 @@ from loader.model_path import find_model
 from loader.tokenizer import Tokenizer
 from worker.configuration import WorkerConfiguration
 from worker.device.choose import DeviceKind
+from worker.device_support import check_device_support
 from worker.handoff import HandoffType
-from worker.weight_types import check_weight_types
 
 logger = logging.getLogger(__name__)
 
@@ -292,8 +292,7 @@ def _open(
         path = find_model(model)
         with GGUFFile.open(path) as file:
             config = ModelConfig.from_gguf(file)
-            ModelTensors(config, file)  # for the errors
-            check_weight_types(file.tensors.values(), device)
+            check_device_support(config, ModelTensors(config, file), file.tensors.values(), device)
             tokenizer = Tokenizer.from_metadata(file.metadata)
             return path, config, tokenizer, _chat_template(file)
     except (ValueError, OSError) as error:

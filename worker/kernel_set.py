@@ -25,8 +25,8 @@ from worker.arguments import (
     SwigluArguments,
 )
 from worker.device.base import BlockRun, DeviceError
+from worker.device_support import GPU_WEIGHT_TYPES
 from worker.kernel_images import image_key, read_image, source_root, write_image
-from worker.weight_types import GPU_WEIGHT_TYPES
 
 #: Row counts that `matmul_vector` and `swiglu_vector` are compiled for; other counts take the tile kernels.
 VECTOR_ROWS = (1, 2, 4, 8)

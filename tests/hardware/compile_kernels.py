@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +25,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from hardware.code_object import CodeObject, Kernel  # noqa: E402
 from hardware.compiler import CompileError, compile_source, compiler, compiler_version  # noqa: E402
-from hardware.tables import markdown_table  # noqa: E402
+from hardware.tables import KERNELS, listed_kernels, markdown_table  # noqa: E402
 
-from worker.weight_types import GPU_WEIGHT_TYPES  # noqa: E402
+from worker.device_support import GPU_WEIGHT_TYPES  # noqa: E402
 
-DOCUMENT = ROOT / "KERNELS.md"
 TARGETS = ("gfx906", "gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1151", "gfx1201")
 #: Head and value dimensions, query heads of a cache head.
 HEADS = ((64, 64, 7), (80, 80, 4), (128, 128, 8), (256, 256, 4))
@@ -134,18 +132,17 @@ def compile_all(jobs: int) -> tuple[str, list[str]]:
 def difference(written: str, made: str) -> list[str]:
     """How the document differs from what was made now, as far as the compilers allow to tell."""
     if f"- compiler: {compiler_version()}\n" not in written:
-        names = re.compile(r"^\| (\w+) +\| (\S*) +\|", re.MULTILINE)
         written, made = (
-            "".join(f"{name} {form}\n" for name, form in names.findall(text)) for text in (written, made)
+            "".join(f"{name} {form}\n" for name, form in listed_kernels(text)) for text in (written, made)
         )
     before, after = written.splitlines(), made.splitlines()
-    return list(difflib.unified_diff(before, after, DOCUMENT.name, "compiled", lineterm="", n=0))
+    return list(difflib.unified_diff(before, after, KERNELS.name, "compiled", lineterm="", n=0))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help=f"compare with {DOCUMENT.name}, write nothing")
+    parser.add_argument("--check", action="store_true", help=f"compare with {KERNELS.name}, write nothing")
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     options = parser.parse_args(arguments)
     if not compiler():
@@ -153,9 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     made, found = compile_all(options.jobs)
     if options.check:
-        found += difference(DOCUMENT.read_text() if DOCUMENT.exists() else "", made)
+        found += difference(KERNELS.read_text() if KERNELS.exists() else "", made)
     elif not found:
-        DOCUMENT.write_text(made)
+        KERNELS.write_text(made)
     for complaint in found:
         print(complaint, file=sys.stderr)
     return 1 if found else 0

@@ -14,7 +14,7 @@ from support.conformance import OWN_KIT, Reference, kit
 from support.reference_model import ReferenceModel
 from support.stages import CachedSequence, Pipeline, relative_error
 
-from worker.weight_types import CPU_WEIGHT_TYPES
+from worker.device_support import CPU_WEIGHT_TYPES
 
 
 class Case(Reference):

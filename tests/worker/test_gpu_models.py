@@ -22,10 +22,10 @@ from loader.gguf_file import GGUFFile
 from loader.quant_types import QuantType
 from worker.device.base import DeviceError
 from worker.device.choose import DeviceKind, open_device
+from worker.device_support import GPU_WEIGHT_TYPES
 from worker.memory_pool import PoolError
 from worker.step_batch import SAMPLING_ROW_DTYPE
 from worker.watchdog import EXIT_HUNG
-from worker.weight_types import GPU_WEIGHT_TYPES
 from worker.worker import Worker
 
 
