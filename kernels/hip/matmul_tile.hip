@@ -10,6 +10,13 @@ constexpr i32 TILE_WAVES = TILE_THREADS / WAVE;
 constexpr i32 DEPTH = 128;              // columns staged at a time
 constexpr i32 STRIDE = DEPTH + 8;       // float16 elements between staged rows: keeps 16-byte alignment, spreads banks
 
+// Rows of activations may have elements too large for float16, or none large enough. So each row is staged times a power of
+// two that brings its largest magnitude between 2^13 and 2^15, and its products are multiplied by the inverse.
+constexpr i32 STAGED_EXPONENT = 14;
+constexpr i32 SMALLEST_EXPONENT = -112;   // rows below 2^-112 are staged as if they reached it: both powers stay normal floats
+
+DEVICE inline float power_of_two(i32 exponent) { return __builtin_bit_cast(float, (exponent + 127) << 23); }
+
 struct alignas(16) Halves8Bits { f16_bits half[8]; };
 
 // 16 neighbouring elements to shared memory.
@@ -94,16 +101,43 @@ struct WeightStage<type, ROWS, false> {
 template <i32 TOKENS, bool quantized>
 struct ActivationStage {
   static constexpr i32 PER_ROW = DEPTH / 16;
-  static constexpr i32 COUNT = (TOKENS * PER_ROW + TILE_THREADS - 1) / TILE_THREADS;
+  static constexpr i32 COUNT = TOKENS * PER_ROW / TILE_THREADS;
+  static_assert(TOKENS * PER_ROW % TILE_THREADS == 0, "every thread has the same share");
   Words4 quants[COUNT];
   float scale[COUNT];
   float value[quantized ? 1 : COUNT][16];
+  float power[COUNT];   // that the thread's rows are multiplied by
+
+  // Find the powers, and put their inverses in shared memory, one a row. They depend on nothing but the row, so that its
+  // results do not depend on the others.
+  DEVICE_METHOD void measure(const Activation& x, i32 width, i32 first, i32 n_rows, float* inverse) {
+    const float* magnitudes = quantized ? x.scales : x.values;
+    const i32 length = quantized ? width / 32 : width;
+    i32 largest[COUNT] = {};
+#pragma unroll 8
+    for (i32 k = thread_index() % PER_ROW; k < length; k += PER_ROW)
+#pragma unroll
+      for (i32 n = 0; n < COUNT; n++) {
+        const i32 own = first + (thread_index() + n * TILE_THREADS) / PER_ROW, row = own < n_rows ? own : n_rows - 1;
+        // Magnitudes compare as integers the way they do as numbers, with infinity and NaN above all.
+        const i32 bits = __builtin_bit_cast(i32, ::load(magnitudes + (i64)row * length + k)) & 0x7fffffff;
+        largest[n] = bits > largest[n] ? bits : largest[n];
+      }
+#pragma unroll
+    for (i32 n = 0; n < COUNT; n++) {
+      // A block's values are below 2^7 times its scale.
+      i32 exponent = (wave_max<PER_ROW>(largest[n]) >> 23) - 127 + (quantized ? 7 : 0);
+      exponent = exponent > SMALLEST_EXPONENT ? exponent : SMALLEST_EXPONENT;
+      power[n] = power_of_two(STAGED_EXPONENT - exponent);
+      inverse[(thread_index() + n * TILE_THREADS) / PER_ROW] = power_of_two(exponent - STAGED_EXPONENT);
+    }
+  }
 
   DEVICE_METHOD void load(const Activation& x, i32 width, i32 first, i32 n_rows, i32 stage) {
 #pragma unroll
     for (i32 n = 0; n < COUNT; n++) {
       const i32 i = thread_index() + n * TILE_THREADS, row = first + i / PER_ROW, k = stage * DEPTH + i % PER_ROW * 16;
-      const bool inside = i < TOKENS * PER_ROW && row < n_rows && k < width;
+      const bool inside = row < n_rows && k < width;
       if constexpr (quantized) {
         scale[n] = inside ? x.scales[(i64)row * (width / 32) + k / 32] : 0.0f;
         if (inside) quants[n] = load16((const u8*)x.quants + (i64)row * width + k);
@@ -118,16 +152,13 @@ struct ActivationStage {
 #pragma unroll
     for (i32 n = 0; n < COUNT; n++) {
       const i32 i = thread_index() + n * TILE_THREADS;
-      if (i >= TOKENS * PER_ROW) continue;
-      f16_bits* destination = staged + (i / PER_ROW) * STRIDE + i % PER_ROW * 16;
-      if constexpr (quantized) {
-        float v[16];
+      float v[16];
 #pragma unroll
-        for (i32 k = 0; k < 16; k++) v[k] = scale[n] == 0.0f ? 0.0f : scale[n] * signed_byte((i32)quants[n].word[k / 4], k % 4);
-        stage16(destination, v);
-      } else {
-        stage16(destination, value[n]);
+      for (i32 k = 0; k < 16; k++) {
+        if constexpr (quantized) v[k] = scale[n] == 0.0f ? 0.0f : scale[n] * power[n] * signed_byte((i32)quants[n].word[k / 4], k % 4);
+        else v[k] = value[n][k] * power[n];
       }
+      stage16(staged + (i / PER_ROW) * STRIDE + i % PER_ROW * 16, v);
     }
   }
 };
@@ -174,6 +205,7 @@ template <i32 type, i32 TOKENS, i32 ROWS>
 DEVICE inline void matmul_tile(const MatmulArguments& a) {
   SHARED f16_bits staged_x[TOKENS * STRIDE];
   SHARED f16_bits staged_w[ROWS * STRIDE];
+  SHARED float inverse[TOKENS];
   wait_for_previous_launch();
   const i32 n = a.over_outputs ? a.step->n_outputs : a.step->n_tokens;
   const i32 first_token = group_y() * TOKENS;
@@ -189,6 +221,7 @@ DEVICE inline void matmul_tile(const MatmulArguments& a) {
   grid.clear();
   const i32 n_stages = (a.width + DEPTH - 1) / DEPTH;
   weights.load(w, a.width, first_row, 0);
+  activations.measure(a.x, a.width, first_token, n, inverse);
   activations.load(a.x, a.width, first_token, n, 0);
   for (i32 stage = 0; stage < n_stages; stage++) {
     weights.store(staged_w);
@@ -208,10 +241,11 @@ DEVICE inline void matmul_tile(const MatmulArguments& a) {
     for (i32 c = 0; c < grid.ACROSS; c++)
 #pragma unroll
       for (i32 i = 0; i < 256 / WAVE; i++) {
-        const i32 token = first_token + grid.token(d) + tile_row(i), row = first_row + grid.row(c) + tile_column(i);
+        const i32 tile_token = grid.token(d) + tile_row(i);
+        const i32 token = first_token + tile_token, row = first_row + grid.row(c) + tile_column(i);
         if (token >= n || row >= w.n_rows) continue;
         float* y = a.y[m] + (i64)token * w.n_rows + row;
-        *y = (a.accumulate ? *y : 0.0f) + (grid.tile[d][c].value[i] + (w.bias ? w.bias[row] : 0.0f));
+        *y = (a.accumulate ? *y : 0.0f) + (grid.tile[d][c].value[i] * inverse[tile_token] + (w.bias ? w.bias[row] : 0.0f));
       }
 }
 
@@ -219,6 +253,7 @@ DEVICE inline void matmul_tile(const MatmulArguments& a) {
 template <i32 type, i32 TOKENS, i32 ROWS>
 DEVICE inline void swiglu_tile(const SwigluArguments& a) {
   SHARED f16_bits staged[(TOKENS + 2 * ROWS) * STRIDE];
+  SHARED float inverse[TOKENS];
   wait_for_previous_launch();
   f16_bits *staged_x = staged, *staged_gate = staged + TOKENS * STRIDE, *staged_up = staged_gate + ROWS * STRIDE;
   const i32 n = a.step->n_tokens, n_rows = a.gate.n_rows;
@@ -233,6 +268,7 @@ DEVICE inline void swiglu_tile(const SwigluArguments& a) {
   const i32 n_stages = (a.width + DEPTH - 1) / DEPTH;
   gate.load(a.gate, a.width, first_row, 0);
   up.load(a.up, a.width, first_row, 0);
+  activations.measure(a.x, a.width, first_token, n, inverse);
   activations.load(a.x, a.width, first_token, n, 0);
   for (i32 stage = 0; stage < n_stages; stage++) {
     gate.store(staged_gate);
@@ -258,10 +294,11 @@ DEVICE inline void swiglu_tile(const SwigluArguments& a) {
     for (i32 c = 0; c < gate_grid.ACROSS; c++)
 #pragma unroll
       for (i32 i = 0; i < 256 / WAVE; i++) {
+        const i32 token = gate_grid.token(d) + tile_row(i);
         const i32 row = first_row + gate_grid.row(c) + tile_column(i), bias = row < n_rows ? row : 0;
-        const float g = gate_grid.tile[d][c].value[i] + (a.gate.bias ? a.gate.bias[bias] : 0.0f);
-        const float u = up_grid.tile[d][c].value[i] + (a.up.bias ? a.up.bias[bias] : 0.0f);
-        hidden[(gate_grid.token(d) + tile_row(i)) * ROWS + gate_grid.row(c) + tile_column(i)] = silu(g) * u;
+        const float g = gate_grid.tile[d][c].value[i] * inverse[token] + (a.gate.bias ? a.gate.bias[bias] : 0.0f);
+        const float u = up_grid.tile[d][c].value[i] * inverse[token] + (a.up.bias ? a.up.bias[bias] : 0.0f);
+        hidden[token * ROWS + gate_grid.row(c) + tile_column(i)] = silu(g) * u;
       }
   barrier();
   for (i32 i = thread_index(); i < TOKENS * ROWS; i += TILE_THREADS) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hardware.compiler import compiler_version
 from hardware.emulator import ARCHITECTURES
 
 EMULATED = Path(__file__).with_name("EMULATED.md")
+KERNELS = Path(__file__).resolve().parents[2] / "KERNELS.md"
 
 _EMULATED_HEAD = """\
 # Kernels on the emulator
@@ -38,6 +40,12 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
 
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join(line(row) for row in [columns, rule, *rows]) + "\n"
+
+
+def listed_kernels(document: str) -> list[tuple[str, str]]:
+    """Kernel and format of every row of a document's table."""
+    rows = re.findall(r"^\| (\w+) +\| (\S*) +\|", document, re.MULTILINE)
+    return rows[1:]  # the first names the columns
 
 
 @dataclass

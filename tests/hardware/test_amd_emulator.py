@@ -30,7 +30,7 @@ pytest.importorskip("msgpack", reason="msgpack is not installed")
 
 from hardware.compiler import compiler
 from hardware.emulator import ARCHITECTURES, EmulatedGpu, emulator_directory
-from hardware.tables import EmulatedTable
+from hardware.tables import KERNELS, EmulatedTable, listed_kernels
 
 pytestmark = [
     pytest.mark.skipif(not emulator_directory(), reason="AMD_EMULATOR names no checkout with the emulator"),
@@ -108,7 +108,10 @@ def in_planes(blocks: np.ndarray, quant_type: QuantType) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rows:
-    """Random activations in all forms; rows of a launch that the step does not have are poison."""
+    """Random activations of a magnitude, or one each row, in all forms.
+
+    Rows of a launch that the step does not have are poison.
+    """
 
     n: int
     values: np.ndarray
@@ -117,9 +120,11 @@ class Rows:
     sums: np.ndarray
 
     @classmethod
-    def random(cls, rng: np.random.Generator, n: int, bucket: int, width: int) -> Rows:
+    def random(
+        cls, rng: np.random.Generator, n: int, bucket: int, width: int, magnitudes: np.ndarray | float = 1.0
+    ) -> Rows:
         values = np.full((bucket, width), np.nan, np.float32)
-        values[:n] = rng.standard_normal((n, width), np.float32)
+        values[:n] = (rng.standard_normal((n, width), np.float32).T * magnitudes).T
         if width % 32:
             empty = np.empty(0, np.float32)
             return cls(n, values, empty.view(np.int8), empty, empty)
@@ -271,8 +276,8 @@ def test_rope_store(gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Gener
     record(table, gpu, "F32", error(turned.checked(), rotated(q, q_norm)), FLOAT32)
 
 
-#: Rows of a launch, and rows of the step in it: every vector kernel, then both tile kernels.
-BUCKETS = {1: 1, 2: 2, 4: 3, 8: 7, 32: 21, 70: 67}
+#: Rows of a launch, and rows of the step in it: every vector kernel, then every tile kernel.
+BUCKETS = {1: 1, 2: 2, 4: 3, 8: 7, 32: 21, 64: 50, 70: 67}
 assert set(VECTOR_ROWS) <= set(BUCKETS)
 
 
@@ -311,6 +316,25 @@ def test_matmul(
     record(table, gpu, quant_type.name, float(np.max(errors)), FLOAT16 if tiled else FLOAT32)
 
 
+@pytest.mark.parametrize("quant_type", [QuantType.BF16, QuantType.Q8_0], ids=lambda t: t.name)
+def test_tiles_of_rows_of_any_magnitude(
+    gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Generator, quant_type: QuantType
+) -> None:
+    magnitudes = np.array([1e5, 1e-6, 1.0, 0.0, 1e30, 1e-25])
+    n, width, bucket = len(magnitudes), 160, 32
+    x = Rows.random(rng, n, bucket, width, magnitudes)
+    weights, output = Weights.random(rng, quant_type, 60, width), Guarded((bucket, 60))
+    step = Step(n_tokens=n, n_sequences=1, n_outputs=0, reserved=0)
+    arguments = MatmulArguments(ctypes.addressof(step), x.argument())
+    arguments.w[0], arguments.y[0] = weights.argument(None), output.address
+    arguments.n_matrices, arguments.width = 1, width
+    gpu.bucket = bucket
+    gpu.launch("matmul", bytes(arguments))
+    wanted = reference_ops.matmul(x.seen_by(quant_type), weights.values)
+    errors = [error(*rows) for rows in zip(output.checked()[:n], wanted, strict=True)]
+    record(table, gpu, quant_type.name, max(errors), FLOAT16)
+
+
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda t: t.name)
 def test_swiglu(
@@ -343,6 +367,7 @@ ATTENTION_CASES = {
     "group-3": (80, 80, 3, 2, [range(20, 21)], 32),
     "group-8": (128, 128, 8, 1, [range(17, 18), range(255, 256)], 16),
     "group-12": (64, 64, 12, 1, [range(40, 41)], 16),
+    "long-context": (64, 64, 2, 1, [range(1100, 1101)], 16),
     "values-narrower": (128, 64, 2, 2, [range(33, 34), range(9)], 16),
     "many-queries": (64, 64, 2, 1, [range(70)], 16),
     "mixed": (80, 80, 4, 1, [range(5), range(130, 131), range(37, 56), range(0, 1), range(1, 3)], 7),
@@ -440,3 +465,11 @@ def test_sample_ties_and_what_is_not_finite(gpu: EmulatedGpu) -> None:
     np.testing.assert_array_equal(out.top_tokens[4], [0, 1, 2, -1, -1])
     assert out.tokens[4] == reference_ops.sample(logits[4], ties)
     np.testing.assert_allclose(out.logprobs[4], -np.log(3), rtol=1e-6)
+
+
+def test_every_kernel_has_run(module_gpu: EmulatedGpu, table: EmulatedTable) -> None:
+    """The last test of the module: those before have run all of KERNELS.md, in every weight format."""
+    ran = {key for key, by_arch in table.errors.items() if module_gpu.arch in by_arch}
+    listed, weight_formats = listed_kernels(KERNELS.read_text()), {t.name for t in TYPES}
+    assert {kernel for kernel, _ in ran} == {kernel for kernel, _ in listed}
+    assert {key for key in listed if key[1] in weight_formats} <= ran

@@ -124,26 +124,38 @@ def test_rms_norm_of_an_odd_width(memory: GpuMemory, rng: np.random.Generator) -
 
 
 class Products:
-    """One activation and some matrices, on the GPU and in numpy."""
+    """One activation and some matrices, on the GPU and in numpy.
+
+    Rows of activations may be multiplied by `magnitudes`; there is no bias then, for it would hide the small.
+    """
 
     def __init__(
-        self, memory: GpuMemory, rng: np.random.Generator, rows: int, width: int, types: Sequence[QuantType]
+        self,
+        memory: GpuMemory,
+        rng: np.random.Generator,
+        rows: int,
+        width: int,
+        types: Sequence[QuantType],
+        magnitudes: np.ndarray | None = None,
     ) -> None:
         self.values = rng.standard_normal((rows, width), np.float32)
+        if magnitudes is not None:
+            self.values *= magnitudes.astype(np.float32)[:, None]
         self.quantized = reference_ops.quantize(self.values) if width % 32 == 0 else None
         self.x: Activation = memory.put_activation(self.values, self.quantized)
         self.heights = [int(rng.integers(33, 150)) for _ in types]
         self.matrices, self.expected, self.tolerance = [], [], []
         for height, quant_type in zip(self.heights, types, strict=True):
             blocks = random_blocks(rng, quant_type, (height, width), width**-0.5)
-            bias = rng.standard_normal(height, np.float32)
+            bias = rng.standard_normal(height, np.float32) if magnitudes is None else None
             self.matrices.append(memory.put_matrix(blocks, quant_type, bias))
             x: Any = self.values if quant_type in FLOAT_TYPES else self.quantized
             w = dequantized(blocks, quant_type)
             self.expected.append(reference_ops.matmul(x, w, bias))
             # Many rows meet as float16: two roundings a product.
             rounding = 1e-6 if rows in (1, 2, 4, 8) else 2.0**-10
-            self.tolerance.append(rounding * (np.abs(self.values) @ np.abs(w).T) + 1e-5)
+            spare = 1e-5 * (1 if magnitudes is None else np.abs(magnitudes)[:, None])
+            self.tolerance.append(rounding * (np.abs(self.values) @ np.abs(w).T) + spare)
 
 
 def width_for(types: Sequence[QuantType], width: int) -> int:
@@ -186,6 +198,46 @@ def test_matmul(memory: GpuMemory, rng: np.random.Generator, quant_type: QuantTy
     )
     (result,) = multiply(memory, products, rows)
     assert_close(result, products.expected[0], products.tolerance[0])
+
+
+#: Magnitudes of activations, repeated over the rows: far above and below what float16 holds.
+MAGNITUDES = {
+    "large": [1e5],
+    "small": [1e-6],
+    "neighbours": [1e5, 1e-6],
+    "extremes": [1e30, 1e-25, 1.0, 0.0],
+}
+far_from_one = pytest.mark.parametrize("magnitudes", MAGNITUDES.values(), ids=MAGNITUDES)
+some_types = pytest.mark.parametrize(
+    "quant_type", [QuantType.BF16, QuantType.Q8_0, QuantType.Q4_K], ids=lambda t: t.name
+)
+
+
+@some_types
+@far_from_one
+@pytest.mark.parametrize("rows", [8, 20, 40, 70])
+def test_matmul_of_rows_of_any_magnitude(
+    memory: GpuMemory, rng: np.random.Generator, quant_type: QuantType, magnitudes: list[float], rows: int
+) -> None:
+    products = Products(memory, rng, rows, 512, [quant_type], np.resize(magnitudes, rows))
+    (result,) = multiply(memory, products, rows)
+    assert_close(result, products.expected[0], np.maximum(products.tolerance[0], np.finfo(np.float32).tiny))
+
+
+@some_types
+@pytest.mark.parametrize("rows", [8, 20, 40])
+def test_what_is_not_finite_stays_in_its_row(
+    memory: GpuMemory, rng: np.random.Generator, quant_type: QuantType, rows: int
+) -> None:
+    products = Products(memory, rng, rows, 512, [quant_type])
+    (expected,) = multiply(memory, products, rows)
+    products.values[2, 300], products.values[4, 5] = np.nan, -np.inf
+    products.x = memory.put_activation(products.values, reference_ops.quantize(products.values))
+    (result,) = multiply(memory, products, rows)
+    others = np.setdiff1d(np.arange(rows), [2, 4])
+    assert np.isnan(result[2]).all()
+    assert not np.isfinite(result[4]).any()
+    np.testing.assert_array_equal(result[others], expected[others])
 
 
 @pytest.mark.parametrize("quant_type", FLOAT_TYPES, ids=lambda t: t.name)
@@ -252,14 +304,33 @@ def test_swiglu_of_an_odd_hidden_width(memory: GpuMemory, rng: np.random.Generat
     _check_swiglu(memory, rng, QuantType.Q8_0, rows, 45, "values")
 
 
-def _check_swiglu(
-    memory: GpuMemory, rng: np.random.Generator, quant_type: QuantType, rows: int, hidden: int, form: str
+@some_types
+@far_from_one
+@pytest.mark.parametrize("rows", [8, 20, 40])
+def test_swiglu_of_rows_of_any_magnitude(
+    memory: GpuMemory, rng: np.random.Generator, quant_type: QuantType, magnitudes: list[float], rows: int
 ) -> None:
+    magnitudes = [min(magnitude, 1e15) for magnitude in magnitudes]  # the result has their squares
+    _check_swiglu(memory, rng, quant_type, rows, 96, "values", np.resize(magnitudes, rows))
+
+
+def _check_swiglu(
+    memory: GpuMemory,
+    rng: np.random.Generator,
+    quant_type: QuantType,
+    rows: int,
+    hidden: int,
+    form: str,
+    magnitudes: np.ndarray | None = None,
+) -> None:
+    """Rows of activations may be multiplied by `magnitudes`; there is no bias then."""
     width = width_for([quant_type], 224)
     values = rng.standard_normal((rows, width), np.float32)
+    if magnitudes is not None:
+        values *= magnitudes.astype(np.float32)[:, None]
     quantized = reference_ops.quantize(values)
     blocks = [random_blocks(rng, quant_type, (hidden, width), width**-0.5) for _ in range(2)]
-    bias = rng.standard_normal(hidden, np.float32)
+    bias = rng.standard_normal(hidden, np.float32) if magnitudes is None else None
     out = memory.room_for_activation(rows + 1, hidden, form)
     arguments = SwigluArguments(
         memory.put_step(rows),
@@ -272,11 +343,14 @@ def _check_swiglu(
     memory.device.launch("swiglu", arguments, rows)
     x: Any = values if quant_type in FLOAT_TYPES else quantized
     gate, up = (dequantized(each, quant_type) for each in blocks)
-    expected = reference_ops.swiglu(x, gate, up, bias)
+    with np.errstate(over="ignore"):
+        expected = reference_ops.swiglu(x, gate, up, bias)
     assert out.values
     result = memory.read_rows(out.values, rows)
     rounding = 2e-5 if rows in (1, 2, 4, 8) else 4e-3
-    assert np.linalg.norm(result - expected) <= rounding * np.linalg.norm(expected)
+    # float32 holds nothing below 1e-38, as the square of the smallest magnitude is
+    missed = np.linalg.norm(result - expected, axis=1)
+    assert (missed <= rounding * np.linalg.norm(expected, axis=1) + 1e-36).all()
     if form == "both":
         assert_quantized(memory.read_quantized(out, rows), result)
 
