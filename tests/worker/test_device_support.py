@@ -29,7 +29,7 @@ def mixed(name: str, shape: tuple[int, ...]) -> QuantType:
     [
         (
             {"head_dim": 20, "value_dim": 20},
-            QuantType.Q8_0,
+            QuantType.F16,
             "heads of 20 elements.*multiples of 8 and at most 256",
         ),
         ({"head_dim": 320, "value_dim": 320}, QuantType.Q8_0, "heads of 320 elements"),
