@@ -274,6 +274,12 @@ def test_a_prompt_longer_than_the_context_is_refused(run: Run, model: Path) -> N
 
 
 @pytest.mark.usefixtures("ray_instance")
+def test_more_gpus_than_the_cluster_has_are_refused(run: Run, model: Path) -> None:
+    options = ("--device", "hip", "--stages", 4, "--context", 64)
+    refused(run("generate", model, "abc", *options), "4 stages must have 4 GPUs", "has 3")
+
+
+@pytest.mark.usefixtures("ray_instance")
 def test_bench_reports_every_figure(run: Run, model: Path) -> None:
     options = ("--prompt", 32, "--tokens", 4, "--sequences", 3, "--rounds", 1)
     report = json.loads(run("bench", model, *options, "--json").out)
