@@ -101,6 +101,10 @@ class Placement:
         self._left.append(self._places[stage])
         self._places[stage] = self._spare() or self._left.popleft()
 
+    def has_first_place(self, stage: int) -> bool:
+        """Whether a stage is where it began, or is back there."""
+        return self._places[stage].group == self._groups[0]
+
     def close(self) -> None:
         """Give everything back."""
         for group in self._groups:

@@ -273,7 +273,9 @@ class WorkerGroup:
         try:
             self._loaded[stage] = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, (DeviceError, PoolError)):
+            # Where the stage was moved to, it may be the file that is missing.
+            is_models_fault = not isinstance(error.cause, (DeviceError, PoolError))
+            if is_models_fault and self._placement.has_first_place(stage):
                 raise ModelError(_cause(error)) from error
             return f"could not load: {_cause(error)}"
         except ray.exceptions.RayError as error:

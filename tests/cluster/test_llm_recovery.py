@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +169,21 @@ def test_every_stage_on_gpus_has_one_of_its_own(ray_instance: None, model: Path)
     assert [worker["gpus"] for worker in replaced] == [[2], workers[1]["gpus"]]
     with pytest.raises(CapacityError, match=r"4 stages must have 4 GPUs, but the cluster has 3"):
         LLM(model, stages=4, device="hip", stage_class=FakeStageActor)
+
+
+class SettledStageActor(FakeStageActor):
+    def load(self, *order: Any, **options: Any) -> dict[str, int]:
+        if ray.get_gpu_ids() == [2]:
+            raise FileNotFoundError("no such file here")
+        return super().load(*order, **options)
+
+
+def test_a_gpu_where_the_file_is_missing_is_left_again(ray_instance: None, model: Path) -> None:
+    with LLM(model, stages=2, device="hip", max_context=256, stage_class=SettledStageActor) as llm:
+        workers = llm.stats()["workers"]
+        os.kill(workers[0]["pid"], signal.SIGKILL)
+        assert llm.generate([1, 2], GREEDY)[0].token_ids == generate([1, 2], 100, 2)
+        assert [worker["gpus"] for worker in llm.stats()["workers"]] == [w["gpus"] for w in workers]
 
 
 def test_nothing_is_left_after_closing(ray_instance: None, model: Path) -> None:
