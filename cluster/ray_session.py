@@ -87,7 +87,7 @@ def _start() -> RaySession:
     except Exception as error:  # Ray raises plain ones too, for instance when a busy machine starts it slowly
         ray.shutdown()
         address = os.environ.get("RAY_ADDRESS")
-        if address is None:
+        if not address:
             raise PipelineError(f"Ray cannot be started on this machine, or joined there: {error}") from error
         hint = "is it running, and does it want a token (RAY_AUTH_MODE=token)?"
         raise PipelineError(f"the Ray cluster {address} cannot be joined: {error}; {hint}") from error
@@ -98,8 +98,9 @@ def _start() -> RaySession:
 @contextmanager
 def _interrupts_deferred() -> Iterator[None]:
     """Ctrl-C takes effect only after the block: half started or half ended, Ray leaves processes behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is None:
+        yield  # only the main thread is interrupted, and a handler not from Python could not be put back
         return
     came: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))

@@ -62,10 +62,6 @@ class KVCacheLayout:
         """Bytes of a cache of `n_blocks`."""
         return n_blocks * self.bytes_per_block
 
-    def blocks_in(self, nbytes: int) -> int:
-        """How many blocks fit in `nbytes`; 0 if none."""
-        return min(max(nbytes, 0) // self.bytes_per_block, _MAX_SLOTS // self.block_size)
-
 
 class KVCache:
     """The cache of one stage.
