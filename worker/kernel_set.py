@@ -29,20 +29,46 @@ from worker.device_support import GPU_WEIGHT_TYPES
 from worker.kernel_images import image_key, read_image, source_root, write_image
 
 #: Row counts that `matmul_vector` and `swiglu_vector` are compiled for; other counts take the tile kernels.
-VECTOR_ROWS = (1, 2, 4, 8)
+VECTOR_ROWS, FLOAT_VECTOR_ROWS = (1, 2, 4), (1, 2, 4, 8)
+#: Rows up to which launches overlap: longer ones only get in each other's way.
+_OVERLAPPING_ROWS = 64
 
 _ROW_THREADS = 1024  # rows.hip
 _ROPE_THREADS, _ROPE_ELEMENTS_PER_LANE = 256, 8  # rope_store.hip
 _VECTOR_THREADS, _WEIGHT_ROWS_PER_WAVE = 128, 2  # matmul_vector.hip
 _SWIGLU_THREADS, _SWIGLU_ROWS = 256, 32
-_TILE_THREADS, _TILE_ROWS, _NARROW_TILE_ROWS = 256, 64, 32  # matmul_tile.hip: rows of weights
-_FEW_WEIGHT_ROWS = 32_768  # so many tiles of 64 alone do not fill a GPU
+_FLOAT_TILE_THREADS = 256  # matmul_tile_float.hip
 _ATTENTION_THREADS, _ATTENTION_VECTOR_THREADS = 128, 256  # attention.hip
 _PARTITION, _PARTITION_STRIDE, _HEADS_PER_GROUP = 128, 8, 4
 _PLANES_THREADS, _PLANES_GROUPS = 256, 1024  # planes.hip
 _SAMPLE_THREADS = 1024  # sample.hip
 
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a workgroup of a tile kernel computes.
+
+    Attributes:
+        tokens: rows of activations.
+        rows: of weights; of the gate and as many of the other matrix in `swiglu_tile_*`.
+        waves: of the workgroup; None where it has a fixed number of work-items.
+    """
+
+    tokens: int
+    rows: int
+    waves: int | None = None
+
+
+#: Tiles of matmul_tile.hip and of matmul_tile_float.hip, by the rows of activations that they are for.
+TILES = {
+    ("matmul", "matmul_tile"): (Tile(16, 16, 8), Tile(32, 32, 8), Tile(64, 32, 8), Tile(128, 128, 8)),
+    ("swiglu", "matmul_tile"): (Tile(16, 32, 4), Tile(32, 32, 4), Tile(64, 32, 4), Tile(128, 64, 8)),
+    ("matmul", "matmul_tile_float"): (Tile(32, 64), Tile(64, 64)),
+    ("swiglu", "matmul_tile_float"): (Tile(32, 64), Tile(64, 32)),
+}
+
 _TYPES = {quant_type.ggml_id: quant_type for quant_type in GPU_WEIGHT_TYPES}
+_FLOAT_TYPES = {quant_type.ggml_id for quant_type in GPU_WEIGHT_TYPES if quant_type.block_elements == 1}
 
 #: Fields (offset, bytes) of a block in the order of the planes that kernels/hip/formats.h reads.
 PLANES: dict[QuantType, tuple[tuple[int, int], ...]] = {
@@ -118,7 +144,7 @@ def launches(operation: str, arguments: ctypes.Structure, rows: int, wave_size: 
     if rows < 1:
         raise DeviceError(f"{operation}: a launch must cover at least 1 row, not {rows}")
     planned = list(plan(arguments, rows, wave_size))
-    if rows not in VECTOR_ROWS:  # long launches only get in each other's way
+    if rows > _OVERLAPPING_ROWS:
         planned = [replace(launch, overlaps=False) for launch in planned]
     return planned
 
@@ -171,17 +197,12 @@ def _matmul(a: MatmulArguments, rows: int, wave_size: int) -> Iterable[Launch]:
                 part.w[place], part.y[place] = a.w[m], a.y[m]
         macros = _weight_type(part.w[0])
         heights = [part.w[m].n_rows for m in range(part.n_matrices)]
-        if rows in VECTOR_ROWS:
+        if rows in _vector_rows(part.w[0]):
             per_group = _WEIGHT_ROWS_PER_WAVE * _VECTOR_THREADS // wave_size
             grid = (sum(_groups(height, per_group) for height in heights), 1, 1)
             yield Launch("matmul_vector", f"matmul_vector_{rows}", grid, _VECTOR_THREADS, part, macros)
         else:
-            tokens, tile_rows = (32 if rows <= 32 else 64), _TILE_ROWS
-            kernel = f"matmul_tile_{tokens}"
-            if 32 < rows <= 64 and sum(heights) <= _FEW_WEIGHT_ROWS:
-                kernel, tile_rows = "matmul_tile_64_narrow", _NARROW_TILE_ROWS
-            grid = (sum(_groups(height, tile_rows) for height in heights), _groups(rows, tokens), 1)
-            yield Launch("matmul_tile", kernel, grid, _TILE_THREADS, part, macros)
+            yield _tile_launch("matmul", part, part.w[0], heights, rows, wave_size)
 
 
 def _swiglu(a: SwigluArguments, rows: int, wave_size: int) -> Iterable[Launch]:
@@ -190,14 +211,29 @@ def _swiglu(a: SwigluArguments, rows: int, wave_size: int) -> Iterable[Launch]:
             f"swiglu: gate is {_type_name(a.gate.type)}, up is {_type_name(a.up.type)}; "
             "GPUs have no kernel for different types"
         )
-    macros = _weight_type(a.gate)
-    if rows in VECTOR_ROWS:
+    if rows in _vector_rows(a.gate):
         grid = (_groups(a.gate.n_rows, _SWIGLU_ROWS), 1, 1)
-        yield Launch("matmul_vector", f"swiglu_vector_{rows}", grid, _SWIGLU_THREADS, a, macros)
+        yield Launch("matmul_vector", f"swiglu_vector_{rows}", grid, _SWIGLU_THREADS, a, _weight_type(a.gate))
     else:
-        tokens, tile_rows = (32, _TILE_ROWS) if rows <= 32 else (64, _NARROW_TILE_ROWS)
-        grid = (_groups(a.gate.n_rows, tile_rows), _groups(rows, tokens), 1)
-        yield Launch("matmul_tile", f"swiglu_tile_{tokens}", grid, _TILE_THREADS, a, macros)
+        yield _tile_launch("swiglu", a, a.gate, [a.gate.n_rows], rows, wave_size)
+
+
+def _vector_rows(matrix: Matrix) -> tuple[int, ...]:
+    return FLOAT_VECTOR_ROWS if matrix.type in _FLOAT_TYPES else VECTOR_ROWS
+
+
+def _tile_launch(
+    operation: str, a: ctypes.Structure, matrix: Matrix, heights: list[int], rows: int, wave_size: int
+) -> Launch:
+    """The launch with the smallest tile that holds `rows` rows of activations, or as many of the largest."""
+    macros = _weight_type(matrix)
+    source = "matmul_tile_float" if matrix.type in _FLOAT_TYPES else "matmul_tile"
+    tiles = TILES[operation, source]
+    tile = next((tile for tile in tiles if rows <= tile.tokens), tiles[-1])
+    kernel = f"{operation}_{source.removeprefix('matmul_')}_{tile.tokens}"
+    grid = (sum(_groups(height, tile.rows) for height in heights), _groups(rows, tile.tokens), 1)
+    threads = tile.waves * wave_size if tile.waves else _FLOAT_TILE_THREADS
+    return Launch(source, kernel, grid, threads, a, macros)
 
 
 def _rope_store(a: RopeStoreArguments, rows: int, wave_size: int) -> Iterable[Launch]:

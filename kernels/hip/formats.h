@@ -8,7 +8,6 @@
 #include "hip/prelude.h"
 #include "common/blocks.h"
 
-
 template <i32 GROUPS_>
 struct Chunk {
   static constexpr i32 GROUPS = GROUPS_;
@@ -17,12 +16,13 @@ struct Chunk {
   float minimum[GROUPS];    // the same for both halves of a block of 32; unread where Format::MINIMUM is false
 };
 
-// Per format: how many elements one lane takes, whether there is a minimum, how to load the bytes of chunk number `chunk` of a
-// row and, once they are there, how to unpack them, and where in the row group g of that chunk begins. Chunks come in order: those of 128 neighbouring elements stand together.
-// `leading_bytes` is what a row takes of the first plane.
+// Per format: how many elements one lane takes, how many share a scale, whether there is a minimum, how to load the bytes of
+// chunk number `chunk` of a row and, once they are there, how to unpack them, and where in the row group g of that chunk begins.
+// Chunks come in order: those of 128 neighbouring elements stand together. `leading_bytes` is what a row takes of the first
+// plane. Blocks of a matrix are counted in 32 bits.
 template <i32 type> struct Format;
 
-template <typename F> using Unpacked = decltype(F::unpack(typename F::Loaded(), 0));
+template <typename F> using Unpacked = decltype(F::unpack(typename F::Loaded(), 0u));
 
 DEVICE inline const u8* bytes_of(const Matrix& w) { return (const u8*)w.data; }
 DEVICE inline Words4 load16(const u8* p) { return load((const Words4*)p); }
@@ -36,16 +36,16 @@ DEVICE inline i32 minus_32(u32 bytes) { return (i32)(((bytes | 0x80808080u) - 0x
 
 template <> struct Format<TYPE_Q8_0> {
   static constexpr i32 ELEMENTS = 16;
+  static constexpr i32 SCALE_ELEMENTS = 32;
   static constexpr bool MINIMUM = false;
-  DEVICE_MEMBER i64 leading_bytes(i32 width) { return width; }
-  DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk * 16 + g * 16; }
+  DEVICE_MEMBER i64 leading_bytes(u32 width) { return width; }
+  DEVICE_MEMBER i32 position(u32 chunk, i32 g) { return chunk * 16 + g * 16; }
   struct Loaded { Words4 q; f16_bits d; };
-  DEVICE_MEMBER Loaded load(const Matrix& w, i32 width, i32 row, i32 chunk) {
-    const i64 n_blocks = (i64)w.n_rows * (width / 32);
-    const i64 block = (i64)row * (width / 32) + chunk / 2;
-    return {load16(bytes_of(w) + block * 32 + (chunk % 2) * 16), load_half(bytes_of(w) + n_blocks * 32 + block * 2)};
+  DEVICE_MEMBER Loaded load(const Matrix& w, u32 width, u32 row, u32 chunk) {
+    const u32 n_blocks = w.n_rows * (width / 32), block = row * (width / 32) + chunk / 2;
+    return {load16(bytes_of(w) + (u64)block * 32 + chunk % 2 * 16), load_half(bytes_of(w) + (u64)n_blocks * 32 + (u64)block * 2)};
   }
-  DEVICE_MEMBER Chunk<1> unpack(const Loaded& from, i32) {
+  DEVICE_MEMBER Chunk<1> unpack(const Loaded& from, u32) {
     Chunk<1> c;
 #pragma unroll
     for (i32 i = 0; i < 4; i++) c.word[0][i] = (i32)from.q.word[i];
@@ -56,16 +56,16 @@ template <> struct Format<TYPE_Q8_0> {
 
 template <> struct Format<TYPE_Q4_0> {
   static constexpr i32 ELEMENTS = 32;
+  static constexpr i32 SCALE_ELEMENTS = 32;
   static constexpr bool MINIMUM = true;
-  DEVICE_MEMBER i64 leading_bytes(i32 width) { return width / 2; }
-  DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk * 32 + g * 16; }
+  DEVICE_MEMBER i64 leading_bytes(u32 width) { return width / 2; }
+  DEVICE_MEMBER i32 position(u32 chunk, i32 g) { return chunk * 32 + g * 16; }
   struct Loaded { Words4 q; f16_bits d; };
-  DEVICE_MEMBER Loaded load(const Matrix& w, i32 width, i32 row, i32 chunk) {
-    const i64 n_blocks = (i64)w.n_rows * (width / 32);
-    const i64 block = (i64)row * (width / 32) + chunk;
-    return {load16(bytes_of(w) + block * 16), load_half(bytes_of(w) + n_blocks * 16 + block * 2)};
+  DEVICE_MEMBER Loaded load(const Matrix& w, u32 width, u32 row, u32 chunk) {
+    const u32 n_blocks = w.n_rows * (width / 32), block = row * (width / 32) + chunk;
+    return {load16(bytes_of(w) + (u64)block * 16), load_half(bytes_of(w) + (u64)n_blocks * 16 + (u64)block * 2)};
   }
-  DEVICE_MEMBER Chunk<2> unpack(const Loaded& from, i32) {
+  DEVICE_MEMBER Chunk<2> unpack(const Loaded& from, u32) {
     const float scale = half_to_float(from.d);
     Chunk<2> c;
 #pragma unroll
@@ -80,8 +80,8 @@ template <> struct Format<TYPE_Q4_0> {
 };
 
 // Scales and minima number 2 * pair and the next, of the eight that a Q4_K block packs into 12 bytes, 6 bits each; one a byte.
-DEVICE inline void unpack_scales_minima(const u32 (&packed)[3], i32 pair, u32& scales, u32& minima) {
-  const i32 shift = 16 * (pair % 2);
+DEVICE inline void unpack_scales_minima(const u32 (&packed)[3], u32 pair, u32& scales, u32& minima) {
+  const u32 shift = 16 * (pair % 2);
   const u32 low = packed[0] >> shift, mid = packed[1] >> shift, high = packed[2] >> shift;
   scales = pair < 2 ? low & 0x3f3fu : (high & 0x0f0fu) | ((low >> 2) & 0x3030u);
   minima = pair < 2 ? mid & 0x3f3fu : ((high >> 4) & 0x0f0fu) | ((mid >> 2) & 0x3030u);
@@ -91,17 +91,18 @@ DEVICE inline void unpack_scales_minima(const u32 (&packed)[3], i32 pair, u32& s
 // one group of 32 elements and the high nibbles of the next. A lane takes 16 of those bytes.
 template <> struct Format<TYPE_Q4_K> {
   static constexpr i32 ELEMENTS = 32;
+  static constexpr i32 SCALE_ELEMENTS = 32;
   static constexpr bool MINIMUM = true;
-  DEVICE_MEMBER i64 leading_bytes(i32 width) { return width / 256 * 144; }
-  DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk / 2 * 64 + g * 32 + chunk % 2 * 16; }
+  DEVICE_MEMBER i64 leading_bytes(u32 width) { return width / 256 * 144; }
+  DEVICE_MEMBER i32 position(u32 chunk, i32 g) { return chunk / 2 * 64 + g * 32 + chunk % 2 * 16; }
   struct Loaded { Words4 head, q; };
-  DEVICE_MEMBER Loaded load(const Matrix& w, i32 width, i32 row, i32 chunk) {
-    const u8* block = bytes_of(w) + ((i64)row * (width / 256) + chunk / 8) * 144;
+  DEVICE_MEMBER Loaded load(const Matrix& w, u32 width, u32 row, u32 chunk) {
+    const u8* block = bytes_of(w) + (u64)(row * (width / 256) + chunk / 8) * 144;
     return {load16(block), load16(block + 16 + chunk % 8 * 16)};
   }
-  DEVICE_MEMBER Chunk<2> unpack(const Loaded& from, i32 chunk) {
+  DEVICE_MEMBER Chunk<2> unpack(const Loaded& from, u32 chunk) {
     const Words4 &head = from.head, &q = from.q;
-    const i32 pair = (chunk % 8) / 2;
+    const u32 pair = chunk % 8 / 2;
     const float d = half_to_float((f16_bits)head.word[0]), dmin = half_to_float((f16_bits)(head.word[0] >> 16));
     const u32 packed[3] = {head.word[1], head.word[2], head.word[3]};
     u32 scales, minima;
@@ -122,21 +123,22 @@ template <> struct Format<TYPE_Q4_K> {
 // in a plane of its own. 64 + 32 bytes hold 128 elements; a lane takes 16 places of each 32, so 64 elements.
 template <> struct Format<TYPE_Q6_K> {
   static constexpr i32 ELEMENTS = 64;
+  static constexpr i32 SCALE_ELEMENTS = 16;
   static constexpr bool MINIMUM = false;
-  DEVICE_MEMBER i64 leading_bytes(i32 width) { return width / 2; }
-  DEVICE_MEMBER i32 position(i32 chunk, i32 g) { return chunk / 2 * 128 + g * 32 + chunk % 2 * 16; }
+  DEVICE_MEMBER i64 leading_bytes(u32 width) { return width / 2; }
+  DEVICE_MEMBER i32 position(u32 chunk, i32 g) { return chunk / 2 * 128 + g * 32 + chunk % 2 * 16; }
   struct Loaded { Words4 a, b, high; i8 scale[4]; f16_bits d; };
-  DEVICE_MEMBER Loaded load(const Matrix& w, i32 width, i32 row, i32 chunk) {
-    const i64 n_blocks = (i64)w.n_rows * (width / 256);
-    const i64 block = (i64)row * (width / 256) + chunk / 4;
-    const i32 part = (chunk % 4) / 2, half = chunk % 2;   // which 128 elements, which 16 of each 32
+  DEVICE_MEMBER Loaded load(const Matrix& w, u32 width, u32 row, u32 chunk) {
+    const u32 n_blocks = w.n_rows * (width / 256);
+    const u64 block = row * (width / 256) + chunk / 4;
+    const u32 part = chunk % 4 / 2, half = chunk % 2;   // which 128 elements, which 16 of each 32
     const u8* low = bytes_of(w) + block * 128 + part * 64 + half * 16;
-    const u8* high = bytes_of(w) + n_blocks * 128 + block * 64 + part * 32 + half * 16;
-    const u8* scales = bytes_of(w) + n_blocks * 192 + block * 16 + part * 8 + half;
+    const u8* high = bytes_of(w) + (u64)n_blocks * 128 + block * 64 + part * 32 + half * 16;
+    const u8* scales = bytes_of(w) + (u64)n_blocks * 192 + block * 16 + part * 8 + half;
     return {load16(low), load16(low + 32), load16(high), {load_byte(scales), load_byte(scales + 2), load_byte(scales + 4), load_byte(scales + 6)},
-            load_half(bytes_of(w) + n_blocks * 208 + block * 2)};
+            load_half(bytes_of(w) + (u64)n_blocks * 208 + block * 2)};
   }
-  DEVICE_MEMBER Chunk<4> unpack(const Loaded& from, i32) {
+  DEVICE_MEMBER Chunk<4> unpack(const Loaded& from, u32) {
     const float d = half_to_float(from.d);
     Chunk<4> c;
 #pragma unroll

@@ -1,179 +1,158 @@
-// Products of many rows of activations with weight matrices, on the matrix unit: a workgroup stages 128 columns of some rows
-// of weights and of activations as float16 in shared memory, multiplies them, and meanwhile loads the next 128 columns.
-// Quantized weights meet activations of 8 bits, as in matmul_vector.hip. Compiled once for every WEIGHT_TYPE a model has.
+// Products of several rows of activations with quantized weight matrices, on the matrix unit: exact integer dot products of
+// signed bytes over 16 or 32 columns, each multiplied by its two scales and added in float32, block after block. So a result
+// has the numbers of matmul_vector.hip and of the CPU, but for the order of sums where slices share a row's columns.
+// Compiled once for every quantized WEIGHT_TYPE a model has.
 #include "common/arguments.h"
 #include "hip/formats.h"
 #include "hip/quantize.h"
 
-constexpr i32 TILE_THREADS = 256;
-constexpr i32 TILE_WAVES = TILE_THREADS / WAVE;
-constexpr i32 DEPTH = 128;              // columns staged at a time
-constexpr i32 STRIDE = DEPTH + 8;       // float16 elements between staged rows: keeps 16-byte alignment, spreads banks
+constexpr i32 DEPTH = 128;           // columns staged at a time
+constexpr i32 BLOCKS = DEPTH / 32;
+constexpr i32 STRIDE = DEPTH + 16;   // bytes between staged rows: keeps 16-byte alignment, spreads banks
 
-// Rows of activations may have elements too large for float16, or none large enough. So each row is staged times a power of
-// two that brings its largest magnitude between 2^13 and 2^15, and its products are multiplied by the inverse.
-constexpr i32 STAGED_EXPONENT = 14;
-constexpr i32 SMALLEST_EXPONENT = -112;   // rows below 2^-112 are staged as if they reached it: both powers stay normal floats
+using Weights = Format<WEIGHT_TYPE>;
 
-DEVICE inline float power_of_two(i32 exponent) { return __builtin_bit_cast(float, (exponent + 127) << 23); }
-
-struct alignas(16) Halves8Bits { f16_bits half[8]; };
-
-// 16 neighbouring elements to shared memory.
-DEVICE inline void stage16(f16_bits* destination, const float (&value)[16]) {
-#pragma unroll
-  for (i32 h = 0; h < 2; h++) {
-    Halves8Bits v;
-#pragma unroll
-    for (i32 i = 0; i < 8; i++) v.half[i] = float_to_half(value[8 * h + i]);
-    *(Halves8Bits*)(destination + 8 * h) = v;
-  }
+// Waves that stage operands and multiply them together: one, or a share of the workgroup.
+template <i32 WAVES>
+DEVICE inline void meet() {
+  if constexpr (WAVES == 1) wave_barrier();
+  else barrier();
 }
 
-// What a thread holds of the next 128 columns of ROWS rows of weights, until shared memory is free for them: as loaded, since
-// unpacking would wait for them.
-template <i32 type, i32 ROWS, bool = is_quantized(type)>
-struct WeightStage {
-  using Weights = Format<type>;
-  static constexpr i32 PER_ROW = DEPTH / Weights::ELEMENTS;
-  static constexpr i32 COUNT = (ROWS * PER_ROW + TILE_THREADS - 1) / TILE_THREADS;
-  typename Weights::Loaded loaded[COUNT];
-  bool inside[COUNT];
-  i32 first_chunk;
+// How a team of waves divides ROWS rows of PIECES pieces: a thread takes one piece, the same of every STEP-th row.
+template <i32 ROWS, u32 PIECES, i32 WAVES>
+struct Share {
+  static constexpr u32 THREADS = WAVES * WAVE, STEP = THREADS / PIECES;
+  static constexpr i32 COUNT = (ROWS + STEP - 1) / STEP;
+  static_assert(THREADS % PIECES == 0, "threads take the same piece of all their rows");
+  DEVICE_MEMBER u32 piece() { return (u32)thread_index() % PIECES; }
+  DEVICE_MEMBER i32 row(i32 n) { return (u32)thread_index() % THREADS / PIECES + n * STEP; }
+  DEVICE_MEMBER bool has(i32 n) { return ROWS % STEP == 0 || row(n) < ROWS; }
+};
 
-  DEVICE_METHOD void load(const Matrix& w, i32 width, i32 first, i32 stage) {
-    first_chunk = stage * PER_ROW;
+DEVICE inline i32 smaller(i32 a, i32 b) { return a < b ? a : b; }
+
+// DEPTH columns of ROWS rows in shared memory: quants, and for each row what its blocks are multiplied by.
+template <i32 ROWS, i32 SCALES_PER_BLOCK, bool SECOND>
+struct alignas(16) Staged {
+  i8 quants[ROWS * STRIDE];
+  float scale[BLOCKS * SCALES_PER_BLOCK][ROWS + 8];           // the threads that store them hit different banks
+  float second[SECOND ? BLOCKS : 1][SECOND ? ROWS + 8 : 4];   // minima of weights, sums of activations
+};
+template <i32 ROWS> using StagedWeights = Staged<ROWS, 32 / Weights::SCALE_ELEMENTS, Weights::MINIMUM>;
+template <i32 ROWS> using StagedActivations = Staged<ROWS, 1, Weights::MINIMUM>;
+
+// What a thread of a team holds of the next columns of ROWS rows of weights, until shared memory is free for them: as loaded,
+// since unpacking would wait for them. What lies past the matrix repeats its last row, whose results nobody wants, or the last
+// columns, whose activations are zero.
+template <i32 ROWS, i32 WAVES>
+struct WeightLoads {
+  static constexpr i32 CHUNKS = DEPTH / Weights::ELEMENTS;
+  using Own = Share<ROWS, CHUNKS, WAVES>;
+  Matrix w;
+  u32 width;
+  u32 row[Own::COUNT];
+  typename Weights::Loaded loaded[Own::COUNT];
+
+  // What follows is about rows first, first + 1, ... of this matrix.
+  DEVICE_METHOD void aim(const Matrix& matrix, u32 columns, i32 first) {
+    w = matrix;
+    width = columns;
 #pragma unroll
-    for (i32 n = 0; n < COUNT; n++) {
-      const i32 i = thread_index() + n * TILE_THREADS, row = first + i / PER_ROW, c = first_chunk + i % PER_ROW;
-      inside[n] = i < ROWS * PER_ROW && row < w.n_rows && c * Weights::ELEMENTS < width;
-      if (inside[n]) loaded[n] = Weights::load(w, width, row, c);
-    }
+    for (i32 n = 0; n < Own::COUNT; n++) row[n] = smaller(first + Own::row(n), w.n_rows - 1);
   }
 
-  DEVICE_METHOD void store(f16_bits* staged) const {
+  DEVICE_METHOD void load(i32 stage) {
+    const i32 chunk = smaller(stage * CHUNKS + Own::piece(), width / Weights::ELEMENTS - 1);
 #pragma unroll
-    for (i32 n = 0; n < COUNT; n++) {
-      const i32 i = thread_index() + n * TILE_THREADS;
-      if (i >= ROWS * PER_ROW) continue;
-      const Unpacked<Weights> chunk = Weights::unpack(loaded[n], first_chunk + i % PER_ROW);
+    for (i32 n = 0; n < Own::COUNT; n++) loaded[n] = Weights::load(w, width, row[n], chunk);
+  }
+
+  DEVICE_METHOD void store(StagedWeights<ROWS>& staged, i32 stage) const {
+#pragma unroll
+    for (i32 n = 0; n < Own::COUNT; n++) {
+      if (!Own::has(n)) continue;
+      const i32 row = Own::row(n);
+      const Unpacked<Weights> chunk = Weights::unpack(loaded[n], stage * CHUNKS + Own::piece());
 #pragma unroll
       for (i32 g = 0; g < Unpacked<Weights>::GROUPS; g++) {
-        float value[16];
+        const u32 position = Weights::position(Own::piece(), g);
+        Words4 words;
 #pragma unroll
-        for (i32 k = 0; k < 16; k++) {
-          value[k] = chunk.scale[g] * signed_byte(chunk.word[g][k / 4], k % 4);
-          if (Weights::MINIMUM) value[k] += chunk.minimum[g];
-          if (!inside[n]) value[k] = 0.0f;
-        }
-        stage16(staged + (i / PER_ROW) * STRIDE + Weights::position(i % PER_ROW, g), value);
+        for (i32 k = 0; k < 4; k++) words.word[k] = (u32)chunk.word[g][k];
+        *(Words4*)(staged.quants + row * STRIDE + position) = words;
+        if (position % Weights::SCALE_ELEMENTS == 0) staged.scale[position / Weights::SCALE_ELEMENTS][row] = chunk.scale[g];
+        if constexpr (Weights::MINIMUM)
+          if (position % 32 == 0) staged.second[position / 32][row] = chunk.minimum[g];
       }
     }
   }
 };
 
-template <i32 type, i32 ROWS>
-struct WeightStage<type, ROWS, false> {
-  static constexpr i32 PER_ROW = DEPTH / 16;
-  static constexpr i32 COUNT = (ROWS * PER_ROW + TILE_THREADS - 1) / TILE_THREADS;
-  float value[COUNT][16];
+// The same for activations. Scales and sums past the last column are zero; rows past the last repeat it.
+template <i32 ROWS, i32 WAVES>
+struct ActivationLoads {
+  using Quants = Share<ROWS, DEPTH / 16, WAVES>;
+  using Blocks = Share<ROWS, BLOCKS, WAVES>;
+  Activation x;
+  u32 width;
+  u32 row_at[Quants::COUNT], block_at[Blocks::COUNT];
+  Words4 quants[Quants::COUNT];
+  float scale[Blocks::COUNT], sum[Blocks::COUNT];
 
-  DEVICE_METHOD void load(const Matrix& w, i32 width, i32 first, i32 stage) {
+  // What follows is about rows first .. n_rows - 1 of x.
+  DEVICE_METHOD void aim(const Activation& activation, u32 columns, i32 first, i32 n_rows) {
+    x = activation;
+    width = columns;
 #pragma unroll
-    for (i32 n = 0; n < COUNT; n++) {
-      const i32 i = thread_index() + n * TILE_THREADS, row = first + i / PER_ROW, k = stage * DEPTH + i % PER_ROW * 16;
+    for (i32 n = 0; n < Quants::COUNT; n++) row_at[n] = smaller(first + Quants::row(n), n_rows - 1) * width;
 #pragma unroll
-      for (i32 j = 0; j < 16; j++)
-        value[n][j] = i < ROWS * PER_ROW && row < w.n_rows && k + j < width ? float_weight<type>(w, (i64)row * width + k + j) : 0.0f;
+    for (i32 n = 0; n < Blocks::COUNT; n++) block_at[n] = smaller(first + Blocks::row(n), n_rows - 1) * (width / 32);
+  }
+
+  DEVICE_METHOD void load(i32 stage) {
+    const u32 column = smaller(stage * DEPTH + 16 * Quants::piece(), width - 16);
+#pragma unroll
+    for (i32 n = 0; n < Quants::COUNT; n++) quants[n] = load16((const u8*)x.quants + (row_at[n] + column));
+    const u32 block = smaller(stage * BLOCKS + Blocks::piece(), width / 32 - 1);
+#pragma unroll
+    for (i32 n = 0; n < Blocks::COUNT; n++) {
+      scale[n] = ::load(x.scales + (block_at[n] + block));
+      if constexpr (Weights::MINIMUM) sum[n] = ::load(x.sums + (block_at[n] + block));
     }
   }
 
-  DEVICE_METHOD void store(f16_bits* staged) const {
+  DEVICE_METHOD void store(StagedActivations<ROWS>& staged, i32 stage) const {
 #pragma unroll
-    for (i32 n = 0; n < COUNT; n++) {
-      const i32 i = thread_index() + n * TILE_THREADS;
-      if (i < ROWS * PER_ROW) stage16(staged + (i / PER_ROW) * STRIDE + i % PER_ROW * 16, value[n]);
-    }
-  }
-};
-
-// The same for activations: 8-bit blocks for quantized weights, float32 for float weights. Rows from n on are zero.
-template <i32 TOKENS, bool quantized>
-struct ActivationStage {
-  static constexpr i32 PER_ROW = DEPTH / 16;
-  static constexpr i32 COUNT = TOKENS * PER_ROW / TILE_THREADS;
-  static_assert(TOKENS * PER_ROW % TILE_THREADS == 0, "every thread has the same share");
-  Words4 quants[COUNT];
-  float scale[COUNT];
-  float value[quantized ? 1 : COUNT][16];
-  float power[COUNT];   // that the thread's rows are multiplied by
-
-  // Find the powers, and put their inverses in shared memory, one a row. They depend on nothing but the row, so that its
-  // results do not depend on the others.
-  DEVICE_METHOD void measure(const Activation& x, i32 width, i32 first, i32 n_rows, float* inverse) {
-    const float* magnitudes = quantized ? x.scales : x.values;
-    const i32 length = quantized ? width / 32 : width;
-    i32 largest[COUNT] = {};
-#pragma unroll 8
-    for (i32 k = thread_index() % PER_ROW; k < length; k += PER_ROW)
+    for (i32 n = 0; n < Quants::COUNT; n++)
+      if (Quants::has(n)) *(Words4*)(staged.quants + Quants::row(n) * STRIDE + 16 * Quants::piece()) = quants[n];
 #pragma unroll
-      for (i32 n = 0; n < COUNT; n++) {
-        const i32 own = first + (thread_index() + n * TILE_THREADS) / PER_ROW, row = own < n_rows ? own : n_rows - 1;
-        // Magnitudes compare as integers the way they do as numbers, with infinity and NaN above all.
-        const i32 bits = __builtin_bit_cast(i32, ::load(magnitudes + (i64)row * length + k)) & 0x7fffffff;
-        largest[n] = bits > largest[n] ? bits : largest[n];
-      }
-#pragma unroll
-    for (i32 n = 0; n < COUNT; n++) {
-      // A block's values are below 2^7 times its scale.
-      i32 exponent = (wave_max<PER_ROW>(largest[n]) >> 23) - 127 + (quantized ? 7 : 0);
-      exponent = exponent > SMALLEST_EXPONENT ? exponent : SMALLEST_EXPONENT;
-      power[n] = power_of_two(STAGED_EXPONENT - exponent);
-      inverse[(thread_index() + n * TILE_THREADS) / PER_ROW] = power_of_two(exponent - STAGED_EXPONENT);
-    }
-  }
-
-  DEVICE_METHOD void load(const Activation& x, i32 width, i32 first, i32 n_rows, i32 stage) {
-#pragma unroll
-    for (i32 n = 0; n < COUNT; n++) {
-      const i32 i = thread_index() + n * TILE_THREADS, row = first + i / PER_ROW, k = stage * DEPTH + i % PER_ROW * 16;
-      const bool inside = row < n_rows && k < width;
-      if constexpr (quantized) {
-        scale[n] = inside ? x.scales[(i64)row * (width / 32) + k / 32] : 0.0f;
-        if (inside) quants[n] = load16((const u8*)x.quants + (i64)row * width + k);
-      } else {
-#pragma unroll
-        for (i32 j = 0; j < 16; j++) value[n][j] = inside && k + j < width ? x.values[(i64)row * width + k + j] : 0.0f;
-      }
-    }
-  }
-
-  DEVICE_METHOD void store(f16_bits* staged) const {
-#pragma unroll
-    for (i32 n = 0; n < COUNT; n++) {
-      const i32 i = thread_index() + n * TILE_THREADS;
-      float v[16];
-#pragma unroll
-      for (i32 k = 0; k < 16; k++) {
-        if constexpr (quantized) v[k] = scale[n] == 0.0f ? 0.0f : scale[n] * power[n] * signed_byte((i32)quants[n].word[k / 4], k % 4);
-        else v[k] = value[n][k] * power[n];
-      }
-      stage16(staged + (i / PER_ROW) * STRIDE + i % PER_ROW * 16, v);
+    for (i32 n = 0; n < Blocks::COUNT; n++) {
+      if (!Blocks::has(n)) continue;
+      const bool inside = stage * BLOCKS + Blocks::piece() < width / 32;
+      staged.scale[Blocks::piece()][Blocks::row(n)] = inside ? scale[n] : 0.0f;
+      if constexpr (Weights::MINIMUM) staged.second[Blocks::piece()][Blocks::row(n)] = inside ? sum[n] : 0.0f;
     }
   }
 };
 
-// One workgroup's TOKENS x ROWS results: waves share the 16 x 16 tiles of the grid evenly, each a block of neighbours.
-template <i32 TOKENS, i32 ROWS>
+// TOKENS x ROWS results of a team, whose waves share its 16 x 16 tiles evenly, each a block of neighbours.
+template <i32 TOKENS, i32 ROWS, i32 WAVES>
 struct TileGrid {
-  static constexpr i32 WAVES_ACROSS = ROWS / 16 < TILE_WAVES / 2 ? ROWS / 16 : TILE_WAVES / 2;   // over rows of weights
-  static constexpr i32 WAVES_DOWN = TILE_WAVES / WAVES_ACROSS;                                    // over tokens
+  // As many waves over tokens as leave blocks no taller than they are wide.
+  DEVICE_MEMBER constexpr i32 waves_down() {
+    i32 down = 1;
+    while (down < WAVES && TOKENS / down > ROWS / (WAVES / down)) down *= 2;
+    return down;
+  }
+  static constexpr i32 WAVES_DOWN = waves_down(), WAVES_ACROSS = WAVES / WAVES_DOWN;
   static_assert(TOKENS / 16 % WAVES_DOWN == 0 && ROWS / 16 % WAVES_ACROSS == 0, "every wave has the same share");
   static constexpr i32 DOWN = TOKENS / 16 / WAVES_DOWN, ACROSS = ROWS / 16 / WAVES_ACROSS;
-  Tile16 tile[DOWN][ACROSS];
+  float sum[DOWN][ACROSS][256 / WAVE];
 
-  DEVICE_MEMBER i32 token(i32 d) { return (wave_index() / WAVES_ACROSS * DOWN + d) * 16; }
-  DEVICE_MEMBER i32 row(i32 a) { return (wave_index() % WAVES_ACROSS * ACROSS + a) * 16; }
+  DEVICE_MEMBER i32 wave() { return (u32)wave_index() % WAVES; }
+  DEVICE_MEMBER i32 first_token(i32 d) { return (wave() / WAVES_ACROSS * DOWN + d) * 16; }
+  DEVICE_MEMBER i32 first_row(i32 a) { return (wave() % WAVES_ACROSS * ACROSS + a) * 16; }
 
   DEVICE_METHOD void clear() {
 #pragma unroll
@@ -181,134 +160,213 @@ struct TileGrid {
 #pragma unroll
       for (i32 a = 0; a < ACROSS; a++)
 #pragma unroll
-        for (i32 i = 0; i < 256 / WAVE; i++) tile[d][a].value[i] = 0.0f;
+        for (i32 i = 0; i < 256 / WAVE; i++) sum[d][a][i] = 0.0f;
   }
 
-  DEVICE_METHOD void multiply(const f16_bits* x, const f16_bits* w) {
+  DEVICE_METHOD void multiply(const StagedActivations<TOKENS>& x, const StagedWeights<ROWS>& w) {
+#pragma unroll TILE_UNROLL
+    for (i32 block = 0; block < BLOCKS; block++) {
+      ByteOperand left[DOWN];
 #pragma unroll
-    for (i32 k = 0; k < DEPTH; k += 16) {
-      TileOperand left[DOWN];
-#pragma unroll
-      for (i32 d = 0; d < DOWN; d++) left[d] = tile_operand(x + token(d) * STRIDE + k, STRIDE);
+      for (i32 d = 0; d < DOWN; d++) left[d] = left_bytes(x.quants + first_token(d) * STRIDE + 32 * block, STRIDE);
 #pragma unroll
       for (i32 a = 0; a < ACROSS; a++) {
-        const TileOperand right = tile_operand(w + row(a) * STRIDE + k, STRIDE);
+        const ByteOperand right = right_bytes(w.quants + first_row(a) * STRIDE + 32 * block, STRIDE);
 #pragma unroll
-        for (i32 d = 0; d < DOWN; d++) tile_multiply(tile[d][a], left[d], right);
+        for (i32 d = 0; d < DOWN; d++) {
+          if constexpr (Weights::SCALE_ELEMENTS == 32) {
+            add(tile_dot(left[d], right), d, a, x.scale[block], w.scale[block]);
+          } else {
+            add(tile_dot_half<0>(left[d], right), d, a, x.scale[block], w.scale[2 * block]);
+            add(tile_dot_half<1>(left[d], right), d, a, x.scale[block], w.scale[2 * block + 1]);
+          }
+          if constexpr (Weights::MINIMUM) {
+#pragma unroll
+            for (i32 i = 0; i < 256 / WAVE; i++)
+              sum[d][a][i] = multiply_add(w.second[block][first_row(a) + tile_column(i)],
+                                          x.second[block][first_token(d) + tile_row(i)], sum[d][a][i]);
+          }
+        }
+        keep_order();
+      }
+    }
+  }
+
+  DEVICE_METHOD void add(const Tile8& dots, i32 d, i32 a, const float* x_scale, const float* w_scale) {
+#pragma unroll
+    for (i32 i = 0; i < 256 / WAVE; i++) {
+      const float scale = w_scale[first_row(a) + tile_column(i)] * x_scale[first_token(d) + tile_row(i)];
+      sum[d][a][i] = multiply_add(scale, (float)dots.value[i], sum[d][a][i]);
+    }
+  }
+
+  // Calls f(token, row, d, a, i) for every sum[d][a][i] of this thread.
+  template <typename F>
+  DEVICE_MEMBER void each(F f) {
+#pragma unroll
+    for (i32 d = 0; d < DOWN; d++)
+#pragma unroll
+      for (i32 a = 0; a < ACROSS; a++)
+#pragma unroll
+        for (i32 i = 0; i < 256 / WAVE; i++) f(first_token(d) + tile_row(i), first_row(a) + tile_column(i), d, a, i);
+  }
+};
+
+// TOKENS x ROWS results of each of N matrices, by a workgroup of SLICES teams of TEAM waves: each takes
+// every SLICES-th stage of columns.
+template <i32 TOKENS, i32 ROWS, i32 N, i32 TEAM, i32 SLICES>
+struct Product {
+  static constexpr i32 THREADS = TEAM * SLICES * WAVE;
+  using Grid = TileGrid<TOKENS, ROWS, TEAM>;
+  struct Stage {
+    StagedActivations<TOKENS> x;
+    StagedWeights<ROWS> w[N];
+  };
+  union Shared {
+    Stage stage[SLICES];
+    float partial[SLICES > 1 ? SLICES : 1][N][SLICES > 1 ? TOKENS * ROWS : 1];
+  };
+  Grid grid[N];
+
+  WeightLoads<ROWS, TEAM> weights[N];
+
+  DEVICE_MEMBER i32 slice() { return (u32)wave_index() / TEAM; }
+
+  // Ask for the first weights, of rows first_row on, and then wait for the launch before.
+  DEVICE_METHOD void start(const Matrix (&w)[N], i32 width, i32 first_row) {
+#pragma unroll
+    for (i32 m = 0; m < N; m++) {
+      weights[m].aim(w[m], width, first_row);
+      weights[m].load(slice());
+    }
+    wait_for_previous_launch();
+  }
+
+  // All products of rows first_token .. n_tokens - 1 of x.
+  DEVICE_METHOD void run(Shared& shared, const Activation& x, i32 width, i32 first_token, i32 n_tokens) {
+    const i32 n_stages = (width + DEPTH - 1) / DEPTH;
+    Stage& stage = shared.stage[slice()];
+    ActivationLoads<TOKENS, TEAM> activations;
+    activations.aim(x, width, first_token, n_tokens);
+    activations.load(slice());
+#pragma unroll
+    for (i32 m = 0; m < N; m++) grid[m].clear();
+    // Stages past the end are zeros: so all slices come to the same barriers.
+    for (i32 first = 0; first < n_stages; first += SLICES) {
+      activations.store(stage.x, first + slice());
+#pragma unroll
+      for (i32 m = 0; m < N; m++) weights[m].store(stage.w[m], first + slice());
+      meet<TEAM>();
+      const i32 next = first + SLICES + slice();
+#pragma unroll
+      for (i32 m = 0; m < N; m++) weights[m].load(next);
+      activations.load(next);
+#pragma unroll
+      for (i32 m = 0; m < N; m++) grid[m].multiply(stage.x, stage.w[m]);
+      meet<TEAM>();
+    }
+  }
+
+  // Calls f(token, row, sums) once for every result, with its sum of each matrix.
+  template <typename F>
+  DEVICE_METHOD void each(Shared& shared, F f) const {
+    if constexpr (SLICES == 1) {
+      Grid::each([&](i32 token, i32 row, i32 d, i32 a, i32 i) {
+        float sums[N];
+#pragma unroll
+        for (i32 m = 0; m < N; m++) sums[m] = grid[m].sum[d][a][i];
+        f(token, row, sums);
+      });
+    } else {
+      barrier();
+      Grid::each([&](i32 token, i32 row, i32 d, i32 a, i32 i) {
+#pragma unroll
+        for (i32 m = 0; m < N; m++) shared.partial[slice()][m][token * ROWS + row] = grid[m].sum[d][a][i];
+      });
+      barrier();
+      for (i32 i = thread_index(); i < TOKENS * ROWS; i += THREADS) {
+        float sums[N];
+#pragma unroll
+        for (i32 m = 0; m < N; m++) {
+          sums[m] = shared.partial[0][m][i];
+#pragma unroll
+          for (i32 s = 1; s < SLICES; s++) sums[m] += shared.partial[s][m][i];
+        }
+        f(i / ROWS, i % ROWS, sums);
       }
     }
   }
 };
 
-// y = x w^T for one block of TOKENS x ROWS.
-template <i32 type, i32 TOKENS, i32 ROWS>
+// y = x w^T for one block of TOKENS x ROWS. Workgroups run over the rows of all matrices of the launch, each matrix rounded
+// up to whole workgroups.
+template <i32 TOKENS, i32 ROWS, i32 TEAM, i32 SLICES>
 DEVICE inline void matmul_tile(const MatmulArguments& a) {
-  SHARED f16_bits staged_x[TOKENS * STRIDE];
-  SHARED f16_bits staged_w[ROWS * STRIDE];
-  SHARED float inverse[TOKENS];
-  wait_for_previous_launch();
-  const i32 n = a.over_outputs ? a.step->n_outputs : a.step->n_tokens;
-  const i32 first_token = group_y() * TOKENS;
-  if (first_token >= n) return;
+  using Own = Product<TOKENS, ROWS, 1, TEAM, SLICES>;
+  SHARED typename Own::Shared shared;
   i32 group = group_x(), m = 0;
   while (m < a.n_matrices - 1 && group >= (a.w[m].n_rows + ROWS - 1) / ROWS) group -= (a.w[m++].n_rows + ROWS - 1) / ROWS;
-  const Matrix& w = a.w[m];
-  const i32 first_row = group * ROWS;
+  const Matrix w[1] = {a.w[m]};
+  const i32 first_token = group_y() * TOKENS, first_row = group * ROWS;
 
-  WeightStage<type, ROWS> weights;
-  ActivationStage<TOKENS, is_quantized(type)> activations;
-  TileGrid<TOKENS, ROWS> grid;
-  grid.clear();
-  const i32 n_stages = (a.width + DEPTH - 1) / DEPTH;
-  weights.load(w, a.width, first_row, 0);
-  activations.measure(a.x, a.width, first_token, n, inverse);
-  activations.load(a.x, a.width, first_token, n, 0);
-  for (i32 stage = 0; stage < n_stages; stage++) {
-    weights.store(staged_w);
-    activations.store(staged_x);
-    barrier();
-    if (stage + 1 < n_stages) {
-      weights.load(w, a.width, first_row, stage + 1);
-      activations.load(a.x, a.width, first_token, n, stage + 1);
-    }
-    grid.multiply(staged_x, staged_w);
-    barrier();
-  }
-
-#pragma unroll
-  for (i32 d = 0; d < grid.DOWN; d++)
-#pragma unroll
-    for (i32 c = 0; c < grid.ACROSS; c++)
-#pragma unroll
-      for (i32 i = 0; i < 256 / WAVE; i++) {
-        const i32 tile_token = grid.token(d) + tile_row(i);
-        const i32 token = first_token + tile_token, row = first_row + grid.row(c) + tile_column(i);
-        if (token >= n || row >= w.n_rows) continue;
-        float* y = a.y[m] + (i64)token * w.n_rows + row;
-        *y = (a.accumulate ? *y : 0.0f) + (grid.tile[d][c].value[i] * inverse[tile_token] + (w.bias ? w.bias[row] : 0.0f));
-      }
+  Own product;
+  product.start(w, a.width, first_row);
+  const i32 n = a.over_outputs ? a.step->n_outputs : a.step->n_tokens;
+  if (first_token >= n) return;
+  product.run(shared, a.x, a.width, first_token, n);
+  product.each(shared, [&](i32 t, i32 r, const float (&sums)[1]) {
+    const i32 token = first_token + t, row = first_row + r;
+    if (token >= n || row >= w[0].n_rows) return;
+    float* y = a.y[m] + (i64)token * w[0].n_rows + row;
+    *y = (a.accumulate ? *y : 0.0f) + (sums[0] + (w[0].bias ? w[0].bias[row] : 0.0f));
+  });
 }
 
 // silu(x gate^T) * (x up^T) for one block of TOKENS x ROWS, quantized where the next product wants it.
-template <i32 type, i32 TOKENS, i32 ROWS>
+template <i32 TOKENS, i32 ROWS, i32 TEAM, i32 SLICES>
 DEVICE inline void swiglu_tile(const SwigluArguments& a) {
-  SHARED f16_bits staged[(TOKENS + 2 * ROWS) * STRIDE];
-  SHARED float inverse[TOKENS];
-  wait_for_previous_launch();
-  f16_bits *staged_x = staged, *staged_gate = staged + TOKENS * STRIDE, *staged_up = staged_gate + ROWS * STRIDE;
-  const i32 n = a.step->n_tokens, n_rows = a.gate.n_rows;
+  using Own = Product<TOKENS, ROWS, 2, TEAM, SLICES>;
+  static_assert(ROWS % 32 == 0, "32 lanes hold the 32 elements of a block");
+  // Results lie where the operands were, behind what the slices have still to add up.
+  SHARED union {
+    typename Own::Shared product;
+    struct { float partial[sizeof(Own::Shared::partial) / 4], result[TOKENS * ROWS]; } hidden;
+  } shared;
+  float* hidden = shared.hidden.result;
+  const Matrix w[2] = {a.gate, a.up};
   const i32 first_token = group_y() * TOKENS, first_row = group_x() * ROWS;
+
+  Own product;
+  product.start(w, a.width, first_row);
+  const i32 n = a.step->n_tokens, n_rows = a.gate.n_rows;
   if (first_token >= n) return;
-
-  WeightStage<type, ROWS> gate, up;
-  ActivationStage<TOKENS, is_quantized(type)> activations;
-  TileGrid<TOKENS, ROWS> gate_grid, up_grid;
-  gate_grid.clear();
-  up_grid.clear();
-  const i32 n_stages = (a.width + DEPTH - 1) / DEPTH;
-  gate.load(a.gate, a.width, first_row, 0);
-  up.load(a.up, a.width, first_row, 0);
-  activations.measure(a.x, a.width, first_token, n, inverse);
-  activations.load(a.x, a.width, first_token, n, 0);
-  for (i32 stage = 0; stage < n_stages; stage++) {
-    gate.store(staged_gate);
-    up.store(staged_up);
-    activations.store(staged_x);
-    barrier();
-    if (stage + 1 < n_stages) {
-      gate.load(a.gate, a.width, first_row, stage + 1);
-      up.load(a.up, a.width, first_row, stage + 1);
-      activations.load(a.x, a.width, first_token, n, stage + 1);
-    }
-    gate_grid.multiply(staged_x, staged_gate);
-    up_grid.multiply(staged_x, staged_up);
-    barrier();
-  }
-
-  // The results pass through shared memory, so that 32 lanes hold the 32 elements of a block.
-  static_assert(TOKENS * ROWS * sizeof(float) <= sizeof(staged), "results fit where the operands were");
-  float* hidden = (float*)staged;
-#pragma unroll
-  for (i32 d = 0; d < gate_grid.DOWN; d++)
-#pragma unroll
-    for (i32 c = 0; c < gate_grid.ACROSS; c++)
-#pragma unroll
-      for (i32 i = 0; i < 256 / WAVE; i++) {
-        const i32 token = gate_grid.token(d) + tile_row(i);
-        const i32 row = first_row + gate_grid.row(c) + tile_column(i), bias = row < n_rows ? row : 0;
-        const float g = gate_grid.tile[d][c].value[i] * inverse[token] + (a.gate.bias ? a.gate.bias[bias] : 0.0f);
-        const float u = up_grid.tile[d][c].value[i] * inverse[token] + (a.up.bias ? a.up.bias[bias] : 0.0f);
-        hidden[token * ROWS + gate_grid.row(c) + tile_column(i)] = silu(g) * u;
-      }
+  product.run(shared.product, a.x, a.width, first_token, n);
+  product.each(shared.product, [&](i32 t, i32 r, const float (&sums)[2]) {
+    const i32 row = first_row + r, bias = row < n_rows ? row : 0;
+    const float gate = sums[0] + (a.gate.bias ? a.gate.bias[bias] : 0.0f);
+    const float up = sums[1] + (a.up.bias ? a.up.bias[bias] : 0.0f);
+    hidden[t * ROWS + r] = silu(gate) * up;
+  });
   barrier();
-  for (i32 i = thread_index(); i < TOKENS * ROWS; i += TILE_THREADS) {
+  for (i32 i = thread_index(); i < TOKENS * ROWS; i += Own::THREADS) {
     const i32 token = first_token + i / ROWS;
     store_activation(a.out, token, first_row + i % ROWS, n_rows, hidden[i], token < n);
   }
 }
 
-KERNEL(matmul_tile_32, TILE_THREADS)(const MatmulArguments a) { matmul_tile<WEIGHT_TYPE, 32, 64>(a); }
-KERNEL(matmul_tile_64, TILE_THREADS)(const MatmulArguments a) { matmul_tile<WEIGHT_TYPE, 64, 64>(a); }
-KERNEL(matmul_tile_64_narrow, TILE_THREADS)(const MatmulArguments a) { matmul_tile<WEIGHT_TYPE, 64, 32>(a); }
-KERNEL(swiglu_tile_32, TILE_THREADS)(const SwigluArguments a) { swiglu_tile<WEIGHT_TYPE, 32, 64>(a); }
-KERNEL(swiglu_tile_64, TILE_THREADS)(const SwigluArguments a) { swiglu_tile<WEIGHT_TYPE, 64, 32>(a); }
+// For up to so many tokens: rows of weights, waves of a team, slices.
+#define MATMUL_TILE(tokens, rows, team, slices)                                                                 \
+  STREAM_KERNEL(matmul_tile_##tokens, (team) * (slices) * WAVE, (team) * (slices) * WAVE)                       \
+  (const MatmulArguments a) { matmul_tile<tokens, rows, team, slices>(a); }
+#define SWIGLU_TILE(tokens, rows, team, slices)                                                                 \
+  STREAM_KERNEL(swiglu_tile_##tokens, (team) * (slices) * WAVE, (team) * (slices) * WAVE)                       \
+  (const SwigluArguments a) { swiglu_tile<tokens, rows, team, slices>(a); }
+
+MATMUL_TILE(16, 16, 1, 8)
+MATMUL_TILE(32, 32, 2, 4)
+MATMUL_TILE(64, 32, 4, 2)
+MATMUL_TILE(128, 128, 8, 1)
+SWIGLU_TILE(16, 32, 2, 2)
+SWIGLU_TILE(32, 32, 2, 2)
+SWIGLU_TILE(64, 32, 4, 1)
+SWIGLU_TILE(128, 64, 8, 1)

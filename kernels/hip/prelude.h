@@ -24,8 +24,10 @@
 //   multiply_add(a, b, c)     a * b + c, rounded once
 //   half_to_float, float_to_half (round to nearest even), exp2_fast, log2_fast, reciprocal_square_root, reciprocal,
 //   round_even, absolute
+//   TILE_UNROLL               blocks of 32 columns whose products matmul_tile.hip may have under way: more want more registers
 //   Tile16: a 16 x 16 float32 product over 16 float16 elements on the matrix unit (see there); its operands are in
 //   registers (OPERANDS_IN_REGISTERS) or stay where they are
+//   Tile8: the same of 16 or 32 signed bytes, exact
 #pragma once
 #include "common/types.h"
 

@@ -49,6 +49,8 @@ DEVICE inline void wave_barrier() {
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
 }
 
+DEVICE inline void keep_order() { __builtin_amdgcn_sched_barrier(0); }
+
 DEVICE inline void wait_for_previous_launch() {}   // launches here do not overlap
 DEVICE inline void prefetch(const void*) {}
 
@@ -96,6 +98,8 @@ typedef _Float16 Halves8 __attribute__((ext_vector_type(8)));
 typedef _Float16 Halves16 __attribute__((ext_vector_type(16)));
 
 struct Tile16 { float value[256 / WAVE]; };
+
+constexpr i32 TILE_UNROLL = 1;
 
 #if defined(HAS_MFMA) || defined(HAS_WMMA)
 constexpr bool OPERANDS_IN_REGISTERS = true;
@@ -176,3 +180,107 @@ DEVICE inline void tile_multiply(Tile16& c, TileOperand a, TileOperand b) {
   __builtin_amdgcn_sched_barrier(0);   // the loads of many tiles at a time would not fit the registers
 }
 #endif
+
+// Tile8: a[16 x 32] b[16 x 32]^T on the matrix unit, signed bytes with int32 sums; elements lie as those of Tile16. Row i of
+// `a` and of `b` are 32 consecutive bytes in shared memory, 16-byte aligned; rows lie `stride` bytes apart. Lanes may hold
+// the columns in any order that is the same for `a` and `b`.
+typedef i32 Ints4 __attribute__((ext_vector_type(4)));
+typedef i32 Ints8 __attribute__((ext_vector_type(8)));
+struct Tile8 { i32 value[256 / WAVE]; };
+
+template <typename Ints>
+DEVICE inline Tile8 tile_of(Ints sums) {
+  Tile8 c;
+#pragma unroll
+  for (i32 i = 0; i < 256 / WAVE; i++) c.value[i] = sums[i];
+  return c;
+}
+
+#if defined(HAS_MFMA) && (defined(__gfx908__) || defined(__gfx90a__))
+struct ByteOperand { i32 half[2]; };
+DEVICE inline ByteOperand left_bytes(const i8* p, i32 stride) {
+  const i32 lane = thread_index() & (WAVE - 1);
+  const i8* row = p + (lane % 16) * stride + 4 * (lane / 16);
+  return {{*(const i32*)row, *(const i32*)(row + 16)}};
+}
+template <i32 part>
+DEVICE inline Tile8 tile_dot_half(ByteOperand a, ByteOperand b) {
+  return tile_of(__builtin_amdgcn_mfma_i32_16x16x16i8(a.half[part], b.half[part], (Ints4){0, 0, 0, 0}, 0, 0, 0));
+}
+DEVICE inline Tile8 tile_dot(ByteOperand a, ByteOperand b) {
+  Ints4 sum = {0, 0, 0, 0};
+  sum = __builtin_amdgcn_mfma_i32_16x16x16i8(a.half[0], b.half[0], sum, 0, 0, 0);
+  return tile_of(__builtin_amdgcn_mfma_i32_16x16x16i8(a.half[1], b.half[1], sum, 0, 0, 0));
+}
+
+#elif defined(HAS_MFMA)
+typedef i64 ByteOperand;
+DEVICE inline ByteOperand left_bytes(const i8* p, i32 stride) {
+  const i32 lane = thread_index() & (WAVE - 1);
+  return *(const i64*)(p + (lane % 16) * stride + 8 * (lane / 16));
+}
+DEVICE inline Tile8 tile_dot(ByteOperand a, ByteOperand b) {
+  return tile_of(__builtin_amdgcn_mfma_i32_16x16x32_i8(a, b, (Ints4){0, 0, 0, 0}, 0, 0, 0));
+}
+// There is no product of 16 columns: the lanes that hold the others give zeros.
+template <i32 part>
+DEVICE inline Tile8 tile_dot_half(ByteOperand a, ByteOperand b) {
+  return tile_dot((thread_index() & (WAVE - 1)) / 32 == part ? a : 0, b);
+}
+
+#elif defined(HAS_WMMA)
+#if defined(__GFX12__)
+typedef i32 ByteHalf __attribute__((ext_vector_type(2)));
+#else
+typedef Ints4 ByteHalf;
+#endif
+struct ByteOperand { ByteHalf half[2]; };
+DEVICE inline ByteOperand left_bytes(const i8* p, i32 stride) {
+  const i32 lane = thread_index() & (WAVE - 1);
+  const i8* row = p + (lane % 16) * stride;
+#if defined(__GFX12__)
+  row += 8 * (lane / 16);
+#endif
+  return {{*(const ByteHalf*)row, *(const ByteHalf*)(row + 16)}};
+}
+DEVICE inline Ints8 add_dot(ByteHalf a, ByteHalf b, Ints8 sum) {
+#if defined(__GFX12__)
+  return __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32_gfx12(true, a, true, b, sum, false);
+#else
+  return __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32(true, a, true, b, sum, false);
+#endif
+}
+template <i32 part>
+DEVICE inline Tile8 tile_dot_half(const ByteOperand& a, const ByteOperand& b) {
+  return tile_of(add_dot(a.half[part], b.half[part], (Ints8)(0)));
+}
+DEVICE inline Tile8 tile_dot(const ByteOperand& a, const ByteOperand& b) {
+  return tile_of(add_dot(a.half[1], b.half[1], add_dot(a.half[0], b.half[0], (Ints8)(0))));
+}
+
+#else
+struct ByteOperand {
+  const i8* p;
+  i32 stride;
+};
+DEVICE inline ByteOperand left_bytes(const i8* p, i32 stride) { return {p, stride}; }
+template <i32 first, i32 end>
+DEVICE inline Tile8 tile_dot_words(ByteOperand a, ByteOperand b) {
+  const i32* column = (const i32*)(b.p + tile_column(0) * b.stride);
+  Tile8 c;
+#pragma unroll
+  for (i32 i = 0; i < 256 / WAVE; i++) {
+    const i32* row = (const i32*)(a.p + tile_row(i) * a.stride);
+    c.value[i] = 0;
+#pragma unroll
+    for (i32 k = first; k < end; k++) c.value[i] = dot4(row[k], column[k], c.value[i]);
+  }
+  __builtin_amdgcn_sched_barrier(0);   // as above
+  return c;
+}
+DEVICE inline Tile8 tile_dot(ByteOperand a, ByteOperand b) { return tile_dot_words<0, 8>(a, b); }
+template <i32 part>
+DEVICE inline Tile8 tile_dot_half(ByteOperand a, ByteOperand b) { return tile_dot_words<4 * part, 4 * part + 4>(a, b); }
+#endif
+
+DEVICE inline ByteOperand right_bytes(const i8* p, i32 stride) { return left_bytes(p, stride); }

@@ -32,6 +32,7 @@ static inline i32 group_z() { return current_fiber->group[2]; }
 static inline void barrier() { fiber_barrier(); }
 static inline void wave_barrier() { fiber_wave_barrier(); }
 static inline void wait_for_previous_launch() {}   // launches here do not overlap
+static inline void keep_order() {}
 static inline void prefetch(const void*) {}
 
 static inline i32 lane_read(i32 v, i32 lane) { return fiber_lane_read(v, lane); }
@@ -72,6 +73,7 @@ static inline float reciprocal_square_root(float x) { return 1.0f / sqrtf(x); }
 static inline float round_even(float x) { return nearbyintf(x); }
 static inline float absolute(float x) { return fabsf(x); }
 
+constexpr i32 TILE_UNROLL = 1;
 constexpr bool OPERANDS_IN_REGISTERS = false;
 
 // Tile16 without a matrix unit: every lane computes its own elements.
@@ -88,3 +90,21 @@ static inline void tile_multiply(Tile16& c, TileOperand a, TileOperand b) {
     for (i32 k = 0; k < 16; k++)
       c.value[i] += half_to_float(a.p[tile_row(i) * a.stride + k]) * half_to_float(b.p[tile_column(i) * b.stride + k]);
 }
+
+// Tile8 likewise.
+struct Tile8 { i32 value[256 / WAVE]; };
+struct ByteOperand {
+  const i8* p;
+  i32 stride;
+};
+static inline ByteOperand left_bytes(const i8* p, i32 stride) { return {p, stride}; }
+static inline ByteOperand right_bytes(const i8* p, i32 stride) { return left_bytes(p, stride); }
+static inline Tile8 tile_dot_columns(ByteOperand a, ByteOperand b, i32 first, i32 end) {
+  Tile8 c = {};
+  for (i32 i = 0; i < 256 / WAVE; i++)
+    for (i32 k = first; k < end; k++) c.value[i] += (i32)a.p[tile_row(i) * a.stride + k] * b.p[tile_column(i) * b.stride + k];
+  return c;
+}
+static inline Tile8 tile_dot(ByteOperand a, ByteOperand b) { return tile_dot_columns(a, b, 0, 32); }
+template <i32 part>
+static inline Tile8 tile_dot_half(ByteOperand a, ByteOperand b) { return tile_dot_columns(a, b, 16 * part, 16 * part + 16); }

@@ -26,6 +26,7 @@ DEVICE inline void wait_for_previous_launch() {
   asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
 #endif
 }
+DEVICE inline void keep_order() {}
 DEVICE inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 DEVICE inline i32 lane_read(i32 v, i32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
@@ -82,6 +83,7 @@ DEVICE inline float round_even(float x) {
 }
 DEVICE inline float absolute(float x) { return x < 0 ? -x : x; }
 
+constexpr i32 TILE_UNROLL = 2;
 constexpr bool OPERANDS_IN_REGISTERS = true;
 
 // Tile16: c[16 x 16] += a[16 x 16] b[16 x 16]^T on the matrix unit, all 16-bit floats with float32 sums. Row i of `a` and of
@@ -111,3 +113,49 @@ DEVICE inline void tile_multiply(Tile16& c, const TileOperand& a, const TileOper
 }
 DEVICE inline i32 tile_row(i32 i) { return (thread_index() & 31) / 4 + 8 * ((i >> 1) & 1); }
 DEVICE inline i32 tile_column(i32 i) { return 2 * (thread_index() % 4) + (i & 1) + 8 * (i >> 2); }
+
+// Tile8: a[16 x 32] b[16 x 32]^T on the matrix unit, signed bytes with int32 sums; elements lie as those of Tile16. Row i of
+// `a` and of `b` are 32 consecutive bytes in shared memory, 16-byte aligned; rows lie `stride` bytes apart.
+struct Tile8 { i32 value[8]; };
+struct ByteOperand { u32 word[4]; };
+
+DEVICE inline ByteOperand load_matrices(const i8* row) {
+  ByteOperand o;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(o.word[0]), "=r"(o.word[1]), "=r"(o.word[2]), "=r"(o.word[3])
+               : "r"((u32)__cvta_generic_to_shared(row))
+               : "memory");
+  return o;
+}
+// 8 x 16 quarters: (rows 0-7, k 0-15), (8-15, 0-15), (0-7, 16-31), (8-15, 16-31).
+DEVICE inline ByteOperand left_bytes(const i8* p, i32 stride) {
+  const i32 lane = thread_index() & 31;
+  return load_matrices(p + (lane % 16) * stride + 16 * (lane / 16));
+}
+// (rows 0-7, k 0-15), (0-7, 16-31), (8-15, 0-15), (8-15, 16-31).
+DEVICE inline ByteOperand right_bytes(const i8* p, i32 stride) {
+  const i32 lane = thread_index() & 31;
+  return load_matrices(p + (lane % 8 + 8 * (lane / 16)) * stride + 16 * (lane / 8 % 2));
+}
+
+// All 32 columns.
+DEVICE inline Tile8 tile_dot(const ByteOperand& a, const ByteOperand& b) {
+  Tile8 c;
+#pragma unroll
+  for (i32 half = 0; half < 2; half++)
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=r"(c.value[4 * half]), "=r"(c.value[4 * half + 1]), "=r"(c.value[4 * half + 2]), "=r"(c.value[4 * half + 3])
+        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[2 * half]), "r"(b.word[2 * half + 1]), "r"(0));
+  return c;
+}
+// The first 16 columns, or the last.
+template <i32 part>
+DEVICE inline Tile8 tile_dot_half(const ByteOperand& a, const ByteOperand& b) {
+  Tile8 c;
+#pragma unroll
+  for (i32 half = 0; half < 2; half++)
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+        : "=r"(c.value[4 * half]), "=r"(c.value[4 * half + 1]), "=r"(c.value[4 * half + 2]), "=r"(c.value[4 * half + 3])
+        : "r"(a.word[2 * part]), "r"(a.word[2 * part + 1]), "r"(b.word[2 * half + part]), "r"(0));
+  return c;
+}

@@ -69,7 +69,11 @@ def units() -> list[Unit]:
         found += [
             Unit("rows", macros, weight_type.name, only="embed"),
             Unit("matmul_vector", macros, weight_type.name),
-            Unit("matmul_tile", macros, weight_type.name),
+            Unit(
+                "matmul_tile_float" if weight_type.block_elements == 1 else "matmul_tile",
+                macros,
+                weight_type.name,
+            ),
         ]
     for head_dim, value_dim, group in HEADS:
         macros = (("HEAD_DIM", head_dim), ("VALUE_DIM", value_dim), ("HEADS_PER_KV", group))

@@ -23,7 +23,7 @@ from support.reference_ops import Quantized, Sampling
 from loader.quant_types import QuantType
 from worker.arguments import Activation, MatmulArguments, Matrix, Step, SwigluArguments
 from worker.device.base import BlockRun
-from worker.kernel_set import PLANES, VECTOR_ROWS, attention_scratch_bytes, split_planes
+from worker.kernel_set import FLOAT_VECTOR_ROWS, PLANES, attention_scratch_bytes, split_planes
 
 pytest.importorskip("elftools", reason="pyelftools is not installed")
 pytest.importorskip("msgpack", reason="msgpack is not installed")
@@ -276,9 +276,14 @@ def test_rope_store(gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Gener
     record(table, gpu, "F32", error(turned.checked(), rotated(q, q_norm)), FLOAT32)
 
 
-#: Rows of a launch, and rows of the step in it: every vector kernel, then every tile kernel.
+#: Rows of a launch, and rows of the step in it: every vector kernel, and every tile kernel.
 BUCKETS = {1: 1, 2: 2, 4: 3, 8: 7, 32: 21, 64: 50, 70: 67}
-assert set(VECTOR_ROWS) <= set(BUCKETS)
+assert set(FLOAT_VECTOR_ROWS) <= set(BUCKETS)
+
+
+def rounding(quant_type: QuantType, bucket: int) -> float:
+    """Quantized weights meet 8-bit activations exactly, tiles of floats as float16."""
+    return FLOAT16 if quant_type in FLOAT_TYPES and bucket not in FLOAT_VECTOR_ROWS else FLOAT32
 
 
 def matmul_width(quant_type: QuantType, bucket: int) -> int:
@@ -291,7 +296,7 @@ def test_matmul(
     gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Generator, quant_type: QuantType, bucket: int
 ) -> None:
     n, width = BUCKETS[bucket], matmul_width(quant_type, bucket)
-    tiled, accumulate = bucket not in VECTOR_ROWS, bucket % 4 == 0
+    tiled, accumulate = bucket > 4, bucket % 4 == 0
     x = Rows.random(rng, n, bucket, width)
     weights = [Weights.random(rng, quant_type, rows, width) for rows in ((70, 3) if tiled else (9, 2, 5))]
     biases = [
@@ -313,7 +318,7 @@ def test_matmul(
         errors.append(error(output.checked()[:n], wanted))
         spare = output.array[n:]
         assert (spare == old[n:]).all() if accumulate else (spare.view(np.uint8) == 0xFF).all()
-    record(table, gpu, quant_type.name, float(np.max(errors)), FLOAT16 if tiled else FLOAT32)
+    record(table, gpu, quant_type.name, float(np.max(errors)), rounding(quant_type, bucket))
 
 
 @pytest.mark.parametrize("quant_type", [QuantType.BF16, QuantType.Q8_0], ids=lambda t: t.name)
@@ -332,7 +337,7 @@ def test_tiles_of_rows_of_any_magnitude(
     gpu.launch("matmul", bytes(arguments))
     wanted = reference_ops.matmul(x.seen_by(quant_type), weights.values)
     errors = [error(*rows) for rows in zip(output.checked()[:n], wanted, strict=True)]
-    record(table, gpu, quant_type.name, max(errors), FLOAT16)
+    record(table, gpu, quant_type.name, max(errors), rounding(quant_type, bucket))
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
@@ -341,7 +346,7 @@ def test_swiglu(
     gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Generator, quant_type: QuantType, bucket: int
 ) -> None:
     n, width, n_hidden = BUCKETS[bucket], matmul_width(quant_type, bucket), 96
-    tiled, biased = bucket not in VECTOR_ROWS, bucket % 4 == 0
+    biased = bucket % 4 == 0
     x = Rows.random(rng, n, bucket, width)
     gate, up = (Weights.random(rng, quant_type, n_hidden, width) for _ in range(2))
     gate_bias, up_bias = (rng.standard_normal(n_hidden, np.float32) if biased else None for _ in range(2))
@@ -358,7 +363,7 @@ def test_swiglu(
     gpu.bucket = bucket
     gpu.launch("swiglu", bytes(arguments))
     wanted = reference_ops.swiglu(x.seen_by(quant_type), gate.values, up.values, gate_bias, up_bias)
-    record(table, gpu, quant_type.name, quantization_error(out, wanted), FLOAT16 if tiled else 2 * FLOAT32)
+    record(table, gpu, quant_type.name, quantization_error(out, wanted), 2 * rounding(quant_type, bucket))
 
 
 #: head_dim, value_dim, query heads a cache head, cache heads, positions of each sequence, block size.

@@ -10,9 +10,9 @@ from worker import kernel_set
 from worker.arguments import AttentionArguments, MatmulArguments, Matrix, RmsNormArguments, RopeStoreArguments
 from worker.device.base import DeviceError
 from worker.kernel_images import source_root
-from worker.kernel_set import attention_scratch_bytes, launches
+from worker.kernel_set import TILES, Tile, attention_scratch_bytes, launches
 
-Q4_K, Q6_K = 12, 14
+F16, Q4_K, Q6_K = 1, 12, 14
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ Q4_K, Q6_K = 12, 14
         ("matmul_vector", "VECTOR_ROWS", kernel_set._WEIGHT_ROWS_PER_WAVE),
         ("matmul_vector", "SWIGLU_THREADS", kernel_set._SWIGLU_THREADS),
         ("matmul_vector", "SWIGLU_ROWS", kernel_set._SWIGLU_ROWS),
-        ("matmul_tile", "TILE_THREADS", kernel_set._TILE_THREADS),
+        ("matmul_tile_float", "TILE_THREADS", kernel_set._FLOAT_TILE_THREADS),
         ("attention", "ATTENTION_THREADS", kernel_set._ATTENTION_THREADS),
         ("attention", "PARTITION", kernel_set._PARTITION),
         ("attention", "PARTITION_STRIDE", kernel_set._PARTITION_STRIDE),
@@ -57,38 +57,54 @@ def test_matrices_of_one_type_share_a_launch() -> None:
     assert [arguments.w[m].data for m in range(3)] == [1000, 1001, 1002]
 
 
+@pytest.mark.parametrize("operation", ["matmul", "swiglu"])
+def test_tiles_agree_with_the_source(operation: str) -> None:
+    source = (source_root() / "hip" / "matmul_tile.hip").read_text()
+    written = re.findall(rf"^{operation.upper()}_TILE\((\d+), (\d+), (\d+), (\d+)\)$", source, re.MULTILINE)
+    tiles = [Tile(int(n), int(rows), int(team) * int(slices)) for n, rows, team, slices in written]
+    assert tuple(tiles) == TILES[operation, "matmul_tile"]
+
+
+@pytest.mark.parametrize("operation", ["matmul", "swiglu"])
+def test_tiles_of_floats_agree_with_the_source(operation: str) -> None:
+    source = (source_root() / "hip" / "matmul_tile_float.hip").read_text()
+    written = re.findall(rf"{operation}_tile_float<WEIGHT_TYPE, (\d+), (\d+)>", source)
+    assert tuple(Tile(int(n), int(rows)) for n, rows in written) == TILES[operation, "matmul_tile_float"]
+
+
 @pytest.mark.parametrize(
-    ("rows", "kernel", "tiles"),
+    ("quant_type", "rows", "kernel", "tiles"),
     [
-        (1, "matmul_vector_1", 1),
-        (8, "matmul_vector_8", 1),
-        (3, "matmul_tile_32", 1),
-        (32, "matmul_tile_32", 1),
-        (33, "matmul_tile_64_narrow", 1),
-        (64, "matmul_tile_64_narrow", 1),
-        (65, "matmul_tile_64", 2),
+        (Q4_K, 1, "matmul_vector_1", 1),
+        (Q4_K, 3, "matmul_tile_16", 1),
+        (Q4_K, 8, "matmul_tile_16", 1),
+        (Q4_K, 17, "matmul_tile_32", 1),
+        (Q4_K, 64, "matmul_tile_64", 1),
+        (Q4_K, 65, "matmul_tile_128", 1),
+        (Q4_K, 300, "matmul_tile_128", 3),
+        (F16, 8, "matmul_vector_8", 1),
+        (F16, 9, "matmul_tile_float_32", 1),
+        (F16, 300, "matmul_tile_float_64", 5),
     ],
 )
-def test_the_number_of_rows_decides_the_kernel(rows: int, kernel: str, tiles: int) -> None:
-    (launch,) = launches("matmul", matrices(Q4_K), rows, 64)
+def test_the_number_of_rows_decides_the_kernel(quant_type: int, rows: int, kernel: str, tiles: int) -> None:
+    (launch,) = launches("matmul", matrices(quant_type), rows, 64)
     assert (launch.kernel, launch.grid[1]) == (kernel, tiles)
 
 
-def test_a_matrix_that_fills_a_gpu_takes_wide_tiles() -> None:
-    arguments = matrices(Q4_K)
-    for height, kernel in ((32_768, "matmul_tile_64_narrow"), (32_769, "matmul_tile_64")):
-        arguments.w[0].n_rows = height
-        (launch,) = launches("matmul", arguments, 64, 64)
-        assert launch.kernel == kernel
-        assert launch.grid[0] == -(-height // (32 if kernel.endswith("narrow") else 64))
+@pytest.mark.parametrize("wave_size", [32, 64])
+@pytest.mark.parametrize("rows", [1, 4, 16, 32, 64, 70])
+def test_every_row_of_a_matrix_is_covered(wave_size: int, rows: int) -> None:
+    (launch,) = launches("matmul", matrices(Q4_K, Q4_K), rows, wave_size)
+    tile = next((tile for tile in TILES["matmul", "matmul_tile"] if rows <= tile.tokens), None)
+    per_group = 2 * launch.threads // wave_size if rows <= 4 or tile is None else tile.rows
+    assert launch.grid[0] == -(-100 // per_group) + -(-101 // per_group)
 
 
-def test_every_row_of_a_matrix_is_covered() -> None:
-    for wave_size in (32, 64):
-        for rows in (1, 70):
-            (launch,) = launches("matmul", matrices(Q4_K, Q4_K), rows, wave_size)
-            per_group = 64 if rows == 70 else 2 * launch.threads // wave_size
-            assert launch.grid[0] == -(-100 // per_group) + -(-101 // per_group)
+def test_short_launches_overlap() -> None:
+    for rows in (1, 64, 65):
+        (launch,) = launches("matmul", matrices(Q4_K), rows, 32)
+        assert launch.overlaps == (rows <= 64)
 
 
 def test_attention_of_one_row_needs_no_tiles() -> None:
