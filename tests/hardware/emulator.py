@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 from hardware.code_object import CodeObject
 from hardware.compiler import compile_source, compiler_version, macro_options
 
@@ -146,6 +147,7 @@ def _emulator() -> Any:
     _give_room(emulator)
     _widen_conversions(emulator)
     _start_from_constants(emulator)
+    _keep_bytes_unsigned(emulator)
     return emulator
 
 
@@ -211,3 +213,27 @@ def _start_from_constants(emulator: Any) -> None:
         return product
 
     emulator._compile_wmma = started
+
+
+def _keep_bytes_unsigned(emulator: Any) -> None:
+    """Let CDNA's products of signed bytes be compiled.
+
+    The emulator writes the bytes, as signed numbers, into an array of unsigned ones, and the compiler refuses
+    to take a vector of the one for the other.
+    """
+    compile_product, uop = emulator._compile_mfma, emulator.UOp
+    signed, unsigned = emulator.dtypes.int32, emulator.dtypes.uint32
+
+    def kept(instruction: Any, context: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            store = uop.store
+
+            def store_bits(self: Any, value: Any, *arguments: Any, **options: Any) -> Any:
+                if getattr(value, "dtype", None) == signed and self.dtype == unsigned:
+                    value = value.bitcast(unsigned)
+                return store(self, value, *arguments, **options)
+
+            patch.setattr(uop, "store", store_bits)
+            return compile_product(instruction, context)
+
+    emulator._compile_mfma = kept
