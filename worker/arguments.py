@@ -139,6 +139,8 @@ class AttentionArguments(ctypes.Structure):
         ("block_size", c_int32),
         ("table_width", c_int32),
         ("scale", c_float),
+        ("max_sequences", c_int32),
+        ("splits", c_int32),
         ("reserved", c_int32),
     ]
 

@@ -262,14 +262,17 @@ def representative_launches(wave_size: int) -> dict[str, Launch]:
     """A launch of each source in kernels/hip, with the types and sizes of a common model. Not to be run."""
     weights = Matrix(type=QuantType.Q8_0.ggml_id, n_rows=4096)
     matmul = MatmulArguments(w=(weights, weights, weights), n_matrices=1, width=4096)
+    floats = Matrix(type=QuantType.F16.ggml_id, n_rows=4096)
+    matmul_floats = MatmulArguments(w=(floats, floats, floats), n_matrices=1, width=4096)
     heads = {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "value_dim": 128, "block_size": 16}
     planned = [
         split_planes(_blocks(1), 0, 0),
         *launches("embed", EmbedArguments(table=weights), 1, wave_size),
         *launches("matmul", matmul, 1, wave_size),
         *launches("matmul", matmul, 64, wave_size),
+        *launches("matmul", matmul_floats, 64, wave_size),
         *launches("rope_store", RopeStoreArguments(**heads), 1, wave_size),
-        *launches("attention", AttentionArguments(**heads, table_width=64), 1, wave_size),
+        *launches("attention", AttentionArguments(**heads, table_width=64, max_sequences=1), 1, wave_size),
         *launches("sample", SampleArguments(), 1, wave_size),
     ]
     return {launch.source: launch for launch in planned}

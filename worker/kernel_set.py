@@ -6,6 +6,7 @@ Grids and workgroups here and in the kernels belong together; the constants belo
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ from worker.kernel_images import image_key, read_image, source_root, write_image
 VECTOR_ROWS, FLOAT_VECTOR_ROWS = (1, 2, 4), (1, 2, 4, 8)
 #: Rows up to which launches overlap: longer ones only get in each other's way.
 _OVERLAPPING_ROWS = 64
+#: A tile that makes fewer workgroups gives way to smaller ones: they would leave most of a GPU idle.
+FULL_GRID = 128
 
 _ROW_THREADS = 1024  # rows.hip
 _ROPE_THREADS, _ROPE_ELEMENTS_PER_LANE = 256, 8  # rope_store.hip
@@ -39,7 +42,8 @@ _VECTOR_THREADS, _WEIGHT_ROWS_PER_WAVE = 128, 2  # matmul_vector.hip
 _SWIGLU_THREADS, _SWIGLU_ROWS = 256, 32
 _FLOAT_TILE_THREADS = 256  # matmul_tile_float.hip
 _ATTENTION_THREADS, _ATTENTION_VECTOR_THREADS = 128, 256  # attention.hip
-_PARTITION, _PARTITION_STRIDE, _HEADS_PER_GROUP = 128, 8, 4
+_PARTITION, _HEADS_PER_GROUP = 128, 4
+_MAX_SPLITS, _SPLIT_GROUPS = 8, 1024  # a context is split until there are so many workgroups
 _PLANES_THREADS, _PLANES_GROUPS = 256, 1024  # planes.hip
 _SAMPLE_THREADS = 1024  # sample.hip
 
@@ -225,13 +229,18 @@ def _vector_rows(matrix: Matrix) -> tuple[int, ...]:
 def _tile_launch(
     operation: str, a: ctypes.Structure, matrix: Matrix, heights: list[int], rows: int, wave_size: int
 ) -> Launch:
-    """The launch with the smallest tile that holds `rows` rows of activations, or as many of the largest."""
+    """The launch with the smallest tile that holds `rows` rows of activations, if that fills a GPU."""
     macros = _weight_type(matrix)
     source = "matmul_tile_float" if matrix.type in _FLOAT_TYPES else "matmul_tile"
     tiles = TILES[operation, source]
-    tile = next((tile for tile in tiles if rows <= tile.tokens), tiles[-1])
+    grids = [
+        (_groups(rows, tile.tokens), sum(_groups(height, tile.rows) for height in heights)) for tile in tiles
+    ]
+    choice = next((i for i, tile in enumerate(tiles) if rows <= tile.tokens), len(tiles) - 1)
+    while choice > 0 and math.prod(grids[choice]) < FULL_GRID:
+        choice -= 1
+    tile, grid = tiles[choice], (*grids[choice], 1)
     kernel = f"{operation}_{source.removeprefix('matmul_')}_{tile.tokens}"
-    grid = (sum(_groups(height, tile.rows) for height in heights), _groups(rows, tile.tokens), 1)
     threads = tile.waves * wave_size if tile.waves else _FLOAT_TILE_THREADS
     return Launch(source, kernel, grid, threads, a, macros)
 
@@ -253,20 +262,26 @@ def _attention(a: AttentionArguments, rows: int, wave_size: int) -> Iterable[Lau
         raise DeviceError(
             f"attention: heads of {a.head_dim} and {a.value_dim} elements must be multiples of 8"
         )
+    if a.max_sequences < 1:
+        raise DeviceError(f"attention: a step must have at least 1 sequence, not {a.max_sequences}")
     heads_per_kv = a.n_heads // a.n_kv_heads
     macros = (("HEAD_DIM", a.head_dim), ("VALUE_DIM", a.value_dim), ("HEADS_PER_KV", heads_per_kv))
 
-    def launch(kernel: str, threads: int, *grid: int) -> Launch:
-        return Launch("attention", kernel, (*grid, 1, 1)[:3], threads, a, macros)  # type: ignore[arg-type]
-
+    sequences = min(rows, a.max_sequences)
     groups = a.n_kv_heads * _groups(heads_per_kv, _HEADS_PER_GROUP)
     partitions = _groups(a.table_width * a.block_size, _PARTITION)
-    yield launch(
-        "attention_vector", _ATTENTION_VECTOR_THREADS, rows, groups, min(partitions, _PARTITION_STRIDE)
-    )
+    own = AttentionArguments.from_buffer_copy(a)
+    own.splits = max(1, min(partitions, _MAX_SPLITS, _SPLIT_GROUPS // (sequences * groups)))
+
+    def launch(kernel: str, threads: int, *grid: int) -> Launch:
+        return Launch("attention", kernel, (*grid, 1, 1)[:3], threads, own, macros)  # type: ignore[arg-type]
+
+    yield launch("attention_vector", _ATTENTION_VECTOR_THREADS, sequences, groups, own.splits)
     if rows > 1:
-        # A run of queries is a sequence's, and has at least two: no step of these rows has more runs.
-        yield launch("attention_tile", _ATTENTION_THREADS, rows // 2, a.n_heads)
+        # Each run of at least two queries is a sequence's, and makes one tile that may not be full.
+        queries = 16 * _ATTENTION_THREADS // wave_size
+        tiles = min(rows // 2, rows // queries + sequences)
+        yield launch("attention_tile", _ATTENTION_THREADS, tiles, a.n_heads)
     columns = _groups(a.n_heads * a.value_dim, _ATTENTION_THREADS)
     yield launch("attention_combine", _ATTENTION_THREADS, rows, columns)
 

@@ -42,6 +42,7 @@ class AttentionShape:
     value_dim: int
     block_size: int
     table_width: int
+    max_sequences: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +250,7 @@ def attention(
         block_size=shape.block_size,
         table_width=shape.table_width,
         scale=shape.head_dim**-0.5,
+        max_sequences=shape.max_sequences,
     )
     device.launch("attention", arguments, rows)
 

@@ -149,6 +149,7 @@ class Stage:
                 value_dim=config.value_dim,
                 block_size=limits.block_size,
                 table_width=limits.table_width,
+                max_sequences=limits.max_sequences,
             ),
             rotary=self._rotary,
         )

@@ -113,6 +113,8 @@ struct AttentionArguments {
   i32 n_heads, n_kv_heads, head_dim, value_dim;
   i32 block_size, table_width;
   float scale;
+  i32 max_sequences;          // no step has more
+  i32 splits;                 // workgroups that share a long context on a GPU; the launch sets it
   i32 reserved;
 };
 

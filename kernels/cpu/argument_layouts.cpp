@@ -50,6 +50,7 @@ std::vector<StructLayout> argument_layouts() {
         FIELD(AttentionArguments, n_kv_heads), FIELD(AttentionArguments, head_dim),
         FIELD(AttentionArguments, value_dim), FIELD(AttentionArguments, block_size),
         FIELD(AttentionArguments, table_width), FIELD(AttentionArguments, scale),
+        FIELD(AttentionArguments, max_sequences), FIELD(AttentionArguments, splits),
         FIELD(AttentionArguments, reserved)}},
       {"SamplingRow",
        {FIELD(SamplingRow, seed), FIELD(SamplingRow, draw), FIELD(SamplingRow, temperature),

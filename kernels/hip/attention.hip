@@ -14,7 +14,6 @@ constexpr i32 VECTOR_THREADS = 256;    // of attention_vector
 constexpr i32 VECTOR_WAVES = VECTOR_THREADS / WAVE;
 constexpr i32 AT_ONCE = 4;             // rows a lane loads before it uses the first
 constexpr i32 PARTITION = 128;         // positions a workgroup of attention_vector takes
-constexpr i32 PARTITION_STRIDE = 8;    // a workgroup takes every eighth partition from its own on
 constexpr i32 GROUP = HEADS_PER_KV < 4 ? HEADS_PER_KV : 4;   // query heads of one cache head that share a workgroup
 constexpr i32 GROUPS_PER_KV = (HEADS_PER_KV + GROUP - 1) / GROUP;
 constexpr i32 LANES = 16;              // lanes that read one row of keys or values, 8 elements each at a time
@@ -45,15 +44,15 @@ DEVICE inline float* partial_result(const AttentionArguments& a, i32 sequence, i
   return tile_result(a, a.step->n_tokens, 0) + (((i64)sequence * a.n_heads + head) * n_partitions + partition) * (2 + VALUE_DIM);
 }
 
-// Grid: tokens x (cache heads x groups of up to 4 query heads) x partitions, up to PARTITION_STRIDE of them.
+// Grid: sequences x (cache heads x groups of up to 4 query heads) x splits: a workgroup takes every a.splits-th partition.
 STREAM_KERNEL(attention_vector, VECTOR_THREADS, 512)(const AttentionArguments a) {
   SHARED float score[GROUP][PARTITION];
   SHARED float weighted[VECTOR_WAVES][GROUP][LANES * 8];
   wait_for_previous_launch();
-  const i32 t = group_x();
-  if (t >= a.step->n_tokens) return;
-  const i32 sequence = a.sequences[t], end = a.positions[t] + 1;
-  if (group_z() * PARTITION >= end || queries_of(a, sequence) > 1) return;
+  const i32 sequence = group_x();
+  if (sequence >= a.step->n_sequences || queries_of(a, sequence) != 1) return;
+  const i32 t = a.query_starts[sequence], end = a.positions[t] + 1;
+  if (group_z() * PARTITION >= end) return;
   const i32 kv_head = group_y() / GROUPS_PER_KV, first_in_kv = group_y() % GROUPS_PER_KV * GROUP;
   const i32 n_heads = HEADS_PER_KV - first_in_kv < GROUP ? HEADS_PER_KV - first_in_kv : GROUP;
   const i32 first_head = kv_head * HEADS_PER_KV + first_in_kv;
@@ -73,7 +72,7 @@ STREAM_KERNEL(attention_vector, VECTOR_THREADS, 512)(const AttentionArguments a)
         const i32 k = (p * LANES + part_lane) * 8 + i;
         q[h][p * 8 + i] = h < n_heads && k < HEAD_DIM ? a.q[((i64)t * a.n_heads + first_head + h) * HEAD_DIM + k] * a.scale : 0.0f;
       }
-  for (i32 partition = group_z(); partition * PARTITION < end; partition += PARTITION_STRIDE) {
+  for (i32 partition = group_z(); partition * PARTITION < end; partition += a.splits) {
     const i32 start = partition * PARTITION, count = least(end - start, PARTITION);
     for (i32 start_row = 0; start_row < count; start_row += AT_ONCE * ROWS) {
       // Rows past the end repeat the last one, and count nothing.

@@ -298,16 +298,16 @@ struct Product {
   }
 };
 
-// y = x w^T for one block of TOKENS x ROWS. Workgroups run over the rows of all matrices of the launch, each matrix rounded
-// up to whole workgroups.
+// y = x w^T for one block of TOKENS x ROWS. Grid: blocks of tokens, so that those who read the same weights run together, x
+// blocks of rows of all matrices of the launch, each matrix rounded up to whole blocks.
 template <i32 TOKENS, i32 ROWS, i32 TEAM, i32 SLICES>
 DEVICE inline void matmul_tile(const MatmulArguments& a) {
   using Own = Product<TOKENS, ROWS, 1, TEAM, SLICES>;
   SHARED typename Own::Shared shared;
-  i32 group = group_x(), m = 0;
+  i32 group = group_y(), m = 0;
   while (m < a.n_matrices - 1 && group >= (a.w[m].n_rows + ROWS - 1) / ROWS) group -= (a.w[m++].n_rows + ROWS - 1) / ROWS;
   const Matrix w[1] = {a.w[m]};
-  const i32 first_token = group_y() * TOKENS, first_row = group * ROWS;
+  const i32 first_token = group_x() * TOKENS, first_row = group * ROWS;
 
   Own product;
   product.start(w, a.width, first_row);
@@ -334,7 +334,7 @@ DEVICE inline void swiglu_tile(const SwigluArguments& a) {
   } shared;
   float* hidden = shared.hidden.result;
   const Matrix w[2] = {a.gate, a.up};
-  const i32 first_token = group_y() * TOKENS, first_row = group_x() * ROWS;
+  const i32 first_token = group_x() * TOKENS, first_row = group_y() * ROWS;
 
   Own product;
   product.start(w, a.width, first_row);
@@ -354,19 +354,19 @@ DEVICE inline void swiglu_tile(const SwigluArguments& a) {
   }
 }
 
-// For up to so many tokens: rows of weights, waves of a team, slices.
-#define MATMUL_TILE(tokens, rows, team, slices)                                                                 \
-  STREAM_KERNEL(matmul_tile_##tokens, (team) * (slices) * WAVE, (team) * (slices) * WAVE)                       \
+// For up to so many tokens: rows of weights, waves of a team, slices, and work-items for which registers have to do.
+#define MATMUL_TILE(tokens, rows, team, slices, resident)                         \
+  STREAM_KERNEL(matmul_tile_##tokens, (team) * (slices) * WAVE, resident)         \
   (const MatmulArguments a) { matmul_tile<tokens, rows, team, slices>(a); }
-#define SWIGLU_TILE(tokens, rows, team, slices)                                                                 \
-  STREAM_KERNEL(swiglu_tile_##tokens, (team) * (slices) * WAVE, (team) * (slices) * WAVE)                       \
+#define SWIGLU_TILE(tokens, rows, team, slices, resident)                         \
+  STREAM_KERNEL(swiglu_tile_##tokens, (team) * (slices) * WAVE, resident)         \
   (const SwigluArguments a) { swiglu_tile<tokens, rows, team, slices>(a); }
 
-MATMUL_TILE(16, 16, 1, 8)
-MATMUL_TILE(32, 32, 2, 4)
-MATMUL_TILE(64, 32, 4, 2)
-MATMUL_TILE(128, 128, 8, 1)
-SWIGLU_TILE(16, 32, 2, 2)
-SWIGLU_TILE(32, 32, 2, 2)
-SWIGLU_TILE(64, 32, 4, 1)
-SWIGLU_TILE(128, 64, 8, 1)
+MATMUL_TILE(16, 16, 1, 8, 256)
+MATMUL_TILE(32, 32, 2, 4, 256)
+MATMUL_TILE(64, 32, 4, 2, 256)
+MATMUL_TILE(128, 128, 8, 1, 256)
+SWIGLU_TILE(16, 32, 2, 2, 512)
+SWIGLU_TILE(32, 32, 2, 2, 512)
+SWIGLU_TILE(64, 32, 4, 1, 512)
+SWIGLU_TILE(128, 64, 8, 1, 256)

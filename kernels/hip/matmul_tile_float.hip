@@ -154,9 +154,9 @@ DEVICE inline void matmul_tile_float(const MatmulArguments& a) {
   SHARED float inverse[TOKENS];
   wait_for_previous_launch();
   const i32 n = a.over_outputs ? a.step->n_outputs : a.step->n_tokens;
-  const i32 first_token = group_y() * TOKENS;
+  const i32 first_token = group_x() * TOKENS;
   if (first_token >= n) return;
-  i32 group = group_x(), m = 0;
+  i32 group = group_y(), m = 0;
   while (m < a.n_matrices - 1 && group >= (a.w[m].n_rows + ROWS - 1) / ROWS) group -= (a.w[m++].n_rows + ROWS - 1) / ROWS;
   const Matrix& w = a.w[m];
   const i32 first_row = group * ROWS;
@@ -203,7 +203,7 @@ DEVICE inline void swiglu_tile_float(const SwigluArguments& a) {
   wait_for_previous_launch();
   f16_bits *staged_x = staged, *staged_gate = staged + TOKENS * STRIDE, *staged_up = staged_gate + ROWS * STRIDE;
   const i32 n = a.step->n_tokens, n_rows = a.gate.n_rows;
-  const i32 first_token = group_y() * TOKENS, first_row = group_x() * ROWS;
+  const i32 first_token = group_x() * TOKENS, first_row = group_y() * ROWS;
   if (first_token >= n) return;
 
   WeightStage<type, ROWS> gate, up;

@@ -148,6 +148,7 @@ class Bench:
                 block_size=BLOCK_SIZE,
                 table_width=n_blocks,
                 scale=HEAD_DIM**-0.5,
+                max_sequences=n_sequences,
             )
             for keys, values in caches
         ]

@@ -21,6 +21,7 @@ from support.native_ops import Guarded, Output
 from support.reference_ops import Quantized, Sampling
 
 from loader.quant_types import QuantType
+from worker import kernel_set
 from worker.arguments import Activation, MatmulArguments, Matrix, Step, SwigluArguments
 from worker.device.base import BlockRun
 from worker.kernel_set import FLOAT_VECTOR_ROWS, PLANES, attention_scratch_bytes, split_planes
@@ -48,6 +49,12 @@ FLOAT32, FLOAT16 = 2e-6, 1e-3
 #: sum of exponentials (5 a thread, 5 over lanes, 31 over waves), and 9 for exponentials, logarithm (1 ulp on
 #: GPUs) and the products and differences around them.
 LOG_PROBABILITY = 50 * 2**-24
+
+
+@pytest.fixture(autouse=True)
+def _every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices take the tiles of large ones."""
+    monkeypatch.setattr(kernel_set, "FULL_GRID", 1)
 
 
 @pytest.fixture(scope="module")

@@ -237,6 +237,7 @@ def attention(
         block_size=cache.block_size,
         table_width=cache.block_tables.shape[1],
         scale=scale,
+        max_sequences=len(sequences),
     )
     runtime.launch("attention", bytes(arguments))
     scratch.checked()

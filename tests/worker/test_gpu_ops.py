@@ -17,6 +17,7 @@ from support.gpu_memory import GpuMemory
 from support.reference_ops import Quantized, Sampling
 
 from loader.quant_types import QuantType
+from worker import kernel_set
 from worker.arguments import (
     Activation,
     Adjustment,
@@ -37,6 +38,12 @@ BLOCK_TYPES = [QuantType.Q4_0, QuantType.Q8_0, QuantType.Q4_K, QuantType.Q6_K]
 TYPES = FLOAT_TYPES + BLOCK_TYPES
 
 every_type = pytest.mark.parametrize("quant_type", TYPES, ids=lambda t: t.name)
+
+
+@pytest.fixture(autouse=True)
+def _every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices take the tiles of large ones."""
+    monkeypatch.setattr(kernel_set, "FULL_GRID", 1)
 
 
 @pytest.fixture(scope="module")
@@ -495,6 +502,7 @@ def test_attention(
         block_size,
         table_width,
         head_dim**-0.5,
+        len(sequences),
     )
     memory.device.launch("attention", arguments, bound)
     assert out.values

@@ -28,7 +28,6 @@ F16, Q4_K, Q6_K = 1, 12, 14
         ("matmul_tile_float", "TILE_THREADS", kernel_set._FLOAT_TILE_THREADS),
         ("attention", "ATTENTION_THREADS", kernel_set._ATTENTION_THREADS),
         ("attention", "PARTITION", kernel_set._PARTITION),
-        ("attention", "PARTITION_STRIDE", kernel_set._PARTITION_STRIDE),
         ("planes", "PLANES_THREADS", kernel_set._PLANES_THREADS),
         ("sample", "SAMPLE_THREADS", kernel_set._SAMPLE_THREADS),
     ],
@@ -60,7 +59,9 @@ def test_matrices_of_one_type_share_a_launch() -> None:
 @pytest.mark.parametrize("operation", ["matmul", "swiglu"])
 def test_tiles_agree_with_the_source(operation: str) -> None:
     source = (source_root() / "hip" / "matmul_tile.hip").read_text()
-    written = re.findall(rf"^{operation.upper()}_TILE\((\d+), (\d+), (\d+), (\d+)\)$", source, re.MULTILINE)
+    written = re.findall(
+        rf"^{operation.upper()}_TILE\((\d+), (\d+), (\d+), (\d+), \d+\)$", source, re.MULTILINE
+    )
     tiles = [Tile(int(n), int(rows), int(team) * int(slices)) for n, rows, team, slices in written]
     assert tuple(tiles) == TILES[operation, "matmul_tile"]
 
@@ -88,17 +89,42 @@ def test_tiles_of_floats_agree_with_the_source(operation: str) -> None:
     ],
 )
 def test_the_number_of_rows_decides_the_kernel(quant_type: int, rows: int, kernel: str, tiles: int) -> None:
-    (launch,) = launches("matmul", matrices(quant_type), rows, 64)
-    assert (launch.kernel, launch.grid[1]) == (kernel, tiles)
+    arguments = matrices(quant_type)
+    arguments.w[0].n_rows = 20_000
+    (launch,) = launches("matmul", arguments, rows, 64)
+    assert launch.kernel == kernel
+    if "tile" in kernel:
+        assert launch.grid[0] == tiles
+
+
+@pytest.mark.parametrize(
+    ("height", "rows", "kernel"),
+    [
+        (4096, 64, "matmul_tile_64"),
+        (2048, 64, "matmul_tile_32"),
+        (1000, 64, "matmul_tile_16"),
+        (2048, 1024, "matmul_tile_128"),
+    ],
+)
+def test_a_small_matrix_takes_small_tiles(height: int, rows: int, kernel: str) -> None:
+    arguments = matrices(Q4_K)
+    arguments.w[0].n_rows = height
+    (launch,) = launches("matmul", arguments, rows, 32)
+    assert launch.kernel == kernel
 
 
 @pytest.mark.parametrize("wave_size", [32, 64])
 @pytest.mark.parametrize("rows", [1, 4, 16, 32, 64, 70])
 def test_every_row_of_a_matrix_is_covered(wave_size: int, rows: int) -> None:
-    (launch,) = launches("matmul", matrices(Q4_K, Q4_K), rows, wave_size)
-    tile = next((tile for tile in TILES["matmul", "matmul_tile"] if rows <= tile.tokens), None)
-    per_group = 2 * launch.threads // wave_size if rows <= 4 or tile is None else tile.rows
-    assert launch.grid[0] == -(-100 // per_group) + -(-101 // per_group)
+    arguments = matrices(Q4_K, Q4_K)
+    arguments.w[1].n_rows = 3001
+    (launch,) = launches("matmul", arguments, rows, wave_size)
+    tile = next(
+        (tile for tile in TILES["matmul", "matmul_tile"] if launch.kernel.endswith(f"tile_{tile.tokens}")),
+        None,
+    )
+    per_group = tile.rows if tile else 2 * launch.threads // wave_size
+    assert max(launch.grid[:2]) == -(-100 // per_group) + -(-3001 // per_group)
 
 
 def test_short_launches_overlap() -> None:
@@ -109,16 +135,35 @@ def test_short_launches_overlap() -> None:
 
 def test_attention_of_one_row_needs_no_tiles() -> None:
     arguments = AttentionArguments(
-        n_heads=9, n_kv_heads=1, head_dim=64, value_dim=64, block_size=16, table_width=33
+        n_heads=9, n_kv_heads=1, head_dim=64, value_dim=64, block_size=16, table_width=33, max_sequences=5
     )
     kernels = [launch.kernel for launch in launches("attention", arguments, 1, 32)]
     assert kernels == ["attention_vector", "attention_combine"]
     vector, tile, combine = launches("attention", arguments, 6, 32)
     partitions = -(-33 * 16 // kernel_set._PARTITION)
-    assert partitions <= kernel_set._PARTITION_STRIDE
-    assert vector.grid == (6, 3, partitions)  # nine query heads are three groups
+    assert vector.grid == (5, 3, partitions)  # nine query heads are three groups
     assert tile.grid[:2] == (3, 9)
     assert combine.grid[:2] == (6, -(-9 * 64 // combine.threads))
+
+
+def test_attention_launches_no_more_than_sequences_may_need() -> None:
+    arguments = AttentionArguments(
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        value_dim=128,
+        block_size=16,
+        table_width=512,
+        max_sequences=64,
+    )
+    splits = {}
+    for rows in (1, 16, 64, 2048):
+        vector, *tile, _ = launches("attention", arguments, rows, 32)
+        splits[rows] = vector.arguments.splits
+        assert vector.grid == (min(rows, 64), 8, splits[rows])
+        if rows > 64:
+            assert tile[0].grid[0] == rows // 64 + 64  # every sequence may have one tile that is not full
+    assert splits == {1: 8, 16: 8, 64: 2, 2048: 2}
 
 
 def test_scratch_grows_with_sequences_rather_than_rows() -> None:
@@ -132,5 +177,7 @@ def test_what_no_kernel_can_do_is_refused() -> None:
         launches("rms_norm", RmsNormArguments(), 0, 32)
     with pytest.raises(DeviceError, match="heads of 12 and 64 elements must be multiples of 8"):
         launches("attention", AttentionArguments(n_heads=1, n_kv_heads=1, head_dim=12, value_dim=64), 1, 32)
+    with pytest.raises(DeviceError, match="at least 1 sequence, not 0"):
+        launches("attention", AttentionArguments(n_heads=1, n_kv_heads=1, head_dim=64, value_dim=64), 1, 32)
     with pytest.raises(DeviceError, match=r"heads of 512 elements are too large.*holds 256"):
         launches("rope_store", RopeStoreArguments(n_heads=1, n_kv_heads=1, head_dim=512), 1, 32)
