@@ -34,7 +34,7 @@ VECTOR_ROWS, FLOAT_VECTOR_ROWS = (1, 2, 4), (1, 2, 4, 8)
 #: Rows up to which launches overlap: longer ones only get in each other's way.
 _OVERLAPPING_ROWS = 64
 #: A tile that makes fewer workgroups gives way to smaller ones: they would leave most of a GPU idle.
-FULL_GRID = 128
+FULL_GRID = 96
 
 _ROW_THREADS = 1024  # rows.hip
 _ROPE_THREADS, _ROPE_ELEMENTS_PER_LANE = 256, 8  # rope_store.hip
