@@ -7,8 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from cluster.wire import decode_batch, encode_batch, encode_result
 from worker.configuration import WorkerConfiguration
 from worker.device.base import DeviceError
@@ -87,6 +85,8 @@ class StageActor(GpuWorker):
 
 def place_name() -> str:
     """The GPU that Ray gave this process, if it did, and the node."""
+    import ray  # here alone: stages also run in processes without it
+
     node = f"node {ray.util.get_node_ip_address()}"
     gpus = ray.get_gpu_ids()
     return f"GPU {gpus[0]} of {node}" if gpus else node
