@@ -30,7 +30,9 @@ from worker.device_support import GPU_WEIGHT_TYPES
 from worker.kernel_images import image_key, read_image, source_root, write_image
 
 #: Row counts that `matmul_vector` and `swiglu_vector` are compiled for; other counts take the tile kernels.
-VECTOR_ROWS, FLOAT_VECTOR_ROWS = (1, 2, 4), (1, 2, 4, 8)
+#: Tiles would be faster from 8 rows on, but add up in another order: so up to 8 sequences that are decoded
+#: together get the tokens that each gets alone.
+VECTOR_ROWS = (1, 2, 4, 8)
 #: Rows up to which launches overlap: longer ones only get in each other's way.
 _OVERLAPPING_ROWS = 64
 #: A tile that makes fewer workgroups gives way to smaller ones: they would leave most of a GPU idle.
@@ -201,7 +203,7 @@ def _matmul(a: MatmulArguments, rows: int, wave_size: int) -> Iterable[Launch]:
                 part.w[place], part.y[place] = a.w[m], a.y[m]
         macros = _weight_type(part.w[0])
         heights = [part.w[m].n_rows for m in range(part.n_matrices)]
-        if rows in _vector_rows(part.w[0]):
+        if rows in VECTOR_ROWS:
             per_group = _WEIGHT_ROWS_PER_WAVE * _VECTOR_THREADS // wave_size
             grid = (sum(_groups(height, per_group) for height in heights), 1, 1)
             yield Launch("matmul_vector", f"matmul_vector_{rows}", grid, _VECTOR_THREADS, part, macros)
@@ -215,15 +217,11 @@ def _swiglu(a: SwigluArguments, rows: int, wave_size: int) -> Iterable[Launch]:
             f"swiglu: gate is {_type_name(a.gate.type)}, up is {_type_name(a.up.type)}; "
             "GPUs have no kernel for different types"
         )
-    if rows in _vector_rows(a.gate):
+    if rows in VECTOR_ROWS:
         grid = (_groups(a.gate.n_rows, _SWIGLU_ROWS), 1, 1)
         yield Launch("matmul_vector", f"swiglu_vector_{rows}", grid, _SWIGLU_THREADS, a, _weight_type(a.gate))
     else:
         yield _tile_launch("swiglu", a, a.gate, [a.gate.n_rows], rows, wave_size)
-
-
-def _vector_rows(matrix: Matrix) -> tuple[int, ...]:
-    return FLOAT_VECTOR_ROWS if matrix.type in _FLOAT_TYPES else VECTOR_ROWS
 
 
 def _tile_launch(

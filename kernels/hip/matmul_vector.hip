@@ -189,6 +189,4 @@ DEVICE inline void swiglu_vector(const SwigluArguments& a) {
 VECTOR_KERNELS(1)
 VECTOR_KERNELS(2)
 VECTOR_KERNELS(4)
-#if WEIGHT_TYPE == 0 || WEIGHT_TYPE == 1 || WEIGHT_TYPE == 30   // F32, F16, BF16: the others are better off as tiles
 VECTOR_KERNELS(8)
-#endif

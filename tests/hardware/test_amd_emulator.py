@@ -24,7 +24,7 @@ from loader.quant_types import QuantType
 from worker import kernel_set
 from worker.arguments import Activation, MatmulArguments, Matrix, Step, SwigluArguments
 from worker.device.base import BlockRun
-from worker.kernel_set import FLOAT_VECTOR_ROWS, PLANES, attention_scratch_bytes, split_planes
+from worker.kernel_set import PLANES, VECTOR_ROWS, attention_scratch_bytes, split_planes
 
 pytest.importorskip("elftools", reason="pyelftools is not installed")
 pytest.importorskip("msgpack", reason="msgpack is not installed")
@@ -284,13 +284,13 @@ def test_rope_store(gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Gener
 
 
 #: Rows of a launch, and rows of the step in it: every vector kernel, and every tile kernel.
-BUCKETS = {1: 1, 2: 2, 4: 3, 8: 7, 32: 21, 64: 50, 70: 67}
-assert set(FLOAT_VECTOR_ROWS) <= set(BUCKETS)
+BUCKETS = {1: 1, 2: 2, 4: 3, 8: 7, 16: 12, 32: 21, 64: 50, 70: 67}
+assert set(VECTOR_ROWS) <= set(BUCKETS)
 
 
 def rounding(quant_type: QuantType, bucket: int) -> float:
     """Quantized weights meet 8-bit activations exactly, tiles of floats as float16."""
-    return FLOAT16 if quant_type in FLOAT_TYPES and bucket not in FLOAT_VECTOR_ROWS else FLOAT32
+    return FLOAT16 if quant_type in FLOAT_TYPES and bucket not in VECTOR_ROWS else FLOAT32
 
 
 def matmul_width(quant_type: QuantType, bucket: int) -> int:
@@ -303,7 +303,7 @@ def test_matmul(
     gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Generator, quant_type: QuantType, bucket: int
 ) -> None:
     n, width = BUCKETS[bucket], matmul_width(quant_type, bucket)
-    tiled, accumulate = bucket > 4, bucket % 4 == 0
+    tiled, accumulate = bucket not in VECTOR_ROWS, bucket % 4 == 0
     x = Rows.random(rng, n, bucket, width)
     weights = [Weights.random(rng, quant_type, rows, width) for rows in ((70, 3) if tiled else (9, 2, 5))]
     biases = [

@@ -31,7 +31,7 @@ from worker.arguments import (
     SwigluArguments,
 )
 from worker.device.gpu import GpuDevice
-from worker.kernel_set import FLOAT_VECTOR_ROWS, VECTOR_ROWS
+from worker.kernel_set import VECTOR_ROWS
 
 FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]
 BLOCK_TYPES = [QuantType.Q4_0, QuantType.Q8_0, QuantType.Q4_K, QuantType.Q6_K]
@@ -161,7 +161,7 @@ class Products:
             w = dequantized(blocks, quant_type)
             self.expected.append(reference_ops.matmul(x, w, bias))
             # Many rows meet floats as float16: two roundings a product.
-            rounding = 2.0**-10 if quant_type in FLOAT_TYPES and rows not in FLOAT_VECTOR_ROWS else 1e-6
+            rounding = 2.0**-10 if quant_type in FLOAT_TYPES and rows not in VECTOR_ROWS else 1e-6
             spare = 1e-5 * (1 if magnitudes is None else np.abs(magnitudes)[:, None])
             self.tolerance.append(rounding * (np.abs(self.values) @ np.abs(w).T) + spare)
 
@@ -300,7 +300,7 @@ def test_a_row_does_not_depend_on_the_others(
     """Nor on its place; vector kernels add up alike for every number of rows."""
     products = Products(memory, rng, 140, 512, [quant_type])
     (alone,) = multiply(memory, products, 1)
-    for rows in FLOAT_VECTOR_ROWS if quant_type in FLOAT_TYPES else VECTOR_ROWS:
+    for rows in VECTOR_ROWS:
         (together,) = multiply(memory, products, rows)
         np.testing.assert_array_equal(together[:1], alone)
     order = np.roll(np.arange(140), 3)

@@ -78,7 +78,8 @@ def test_tiles_of_floats_agree_with_the_source(operation: str) -> None:
     [
         (Q4_K, 1, "matmul_vector_1", 1),
         (Q4_K, 3, "matmul_tile_16", 1),
-        (Q4_K, 8, "matmul_tile_16", 1),
+        (Q4_K, 8, "matmul_vector_8", 1),
+        (Q4_K, 9, "matmul_tile_16", 1),
         (Q4_K, 17, "matmul_tile_32", 1),
         (Q4_K, 64, "matmul_tile_64", 1),
         (Q4_K, 65, "matmul_tile_128", 1),
