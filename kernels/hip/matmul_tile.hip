@@ -227,7 +227,6 @@ struct Product {
     float partial[SLICES > 1 ? SLICES : 1][N][SLICES > 1 ? TOKENS * ROWS : 1];
   };
   Grid grid[N];
-
   WeightLoads<ROWS, TEAM> weights[N];
 
   DEVICE_MEMBER i32 slice() { return (u32)wave_index() / TEAM; }
@@ -298,8 +297,8 @@ struct Product {
   }
 };
 
-// y = x w^T for one block of TOKENS x ROWS. Grid: blocks of tokens, so that those who read the same weights run together, x
-// blocks of rows of all matrices of the launch, each matrix rounded up to whole blocks.
+// y = x w^T for one block of TOKENS x ROWS. Grid: over blocks of tokens first, so that those who read the same weights run
+// together, then over blocks of rows of all matrices of the launch, each matrix rounded up to whole blocks.
 template <i32 TOKENS, i32 ROWS, i32 TEAM, i32 SLICES>
 DEVICE inline void matmul_tile(const MatmulArguments& a) {
   using Own = Product<TOKENS, ROWS, 1, TEAM, SLICES>;
