@@ -30,12 +30,13 @@ from worker.device_support import GPU_WEIGHT_TYPES
 from worker.kernel_images import image_key, read_image, source_root, write_image
 
 #: Row counts that `matmul_vector` and `swiglu_vector` are compiled for; other counts take the tile kernels.
-#: Tiles would be faster from 8 rows on, but add up in another order: so up to 8 sequences that are decoded
-#: together get the tokens that each gets alone.
+#: Tiles would be faster from 8 rows on, but add up in another order: so a row of a step of up to 8 tokens
+#: gets the numbers that it gets alone.
 VECTOR_ROWS = (1, 2, 4, 8)
 #: Rows up to which launches overlap: longer ones only get in each other's way.
 _OVERLAPPING_ROWS = 64
-#: A tile that makes fewer workgroups gives way to smaller ones: they would leave most of a GPU idle.
+#: A tile that makes fewer workgroups gives way to smaller ones, which leave less of a GPU idle. Found on 132
+#: compute units; that every kernel does the same on every GPU is worth more than the last few percent.
 FULL_GRID = 96
 
 _ROW_THREADS = 1024  # rows.hip

@@ -120,7 +120,7 @@ struct AttentionArguments {
 
 // How one output row is sampled. Adjustments first_adjustment .. end_adjustment - 1 are those of this row.
 struct SamplingRow {
-  u64 seed;                // with `draw`, fixes the random number: the same request gives the same tokens in any batch
+  u64 seed;                // with `draw`, fixes the random number: the same logits give the same token in any batch
   i32 draw;                // how many tokens of the sequence were generated before this one
   float temperature;       // 0: the largest logit, lowest id first
   i32 top_k;               // 0: all

@@ -22,8 +22,6 @@ constexpr float LOWEST = -3.0e38f;
 
 struct alignas(16) EightHalves { f16_bits half[8]; };
 
-DEVICE inline i32 least(i32 a, i32 b) { return a < b ? a : b; }
-
 DEVICE inline i32 queries_of(const AttentionArguments& a, i32 sequence) {
   return a.query_starts[sequence + 1] - a.query_starts[sequence];
 }

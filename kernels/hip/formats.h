@@ -31,8 +31,8 @@ DEVICE inline f16_bits load_half(const u8* p) { return load((const f16_bits*)p);
 
 DEVICE inline float signed_byte(i32 word, i32 i) { return (float)(i32)(i8)(word >> (8 * i)); }
 
-// Bytes 0..63 minus 32, as signed bytes; no borrow crosses a byte.
-DEVICE inline i32 minus_32(u32 bytes) { return (i32)(((bytes | 0x80808080u) - 0x20202020u) ^ 0x80808080u); }
+// Four bytes below 128, each minus the same `zero`, as signed bytes; no borrow crosses a byte.
+DEVICE inline i32 minus(u32 bytes, u32 zero) { return (i32)(((bytes | 0x80808080u) - zero * 0x01010101u) ^ 0x80808080u); }
 
 template <> struct Format<TYPE_Q8_0> {
   static constexpr i32 ELEMENTS = 16;
@@ -57,7 +57,7 @@ template <> struct Format<TYPE_Q8_0> {
 template <> struct Format<TYPE_Q4_0> {
   static constexpr i32 ELEMENTS = 32;
   static constexpr i32 SCALE_ELEMENTS = 32;
-  static constexpr bool MINIMUM = true;
+  static constexpr bool MINIMUM = false;
   DEVICE_MEMBER i64 leading_bytes(u32 width) { return width / 2; }
   DEVICE_MEMBER i32 position(u32 chunk, i32 g) { return chunk * 32 + g * 16; }
   struct Loaded { Words4 q; f16_bits d; };
@@ -71,9 +71,8 @@ template <> struct Format<TYPE_Q4_0> {
 #pragma unroll
     for (i32 g = 0; g < 2; g++) {
 #pragma unroll
-      for (i32 i = 0; i < 4; i++) c.word[g][i] = (i32)((from.q.word[i] >> (4 * g)) & 0x0f0f0f0fu);
+      for (i32 i = 0; i < 4; i++) c.word[g][i] = minus((from.q.word[i] >> (4 * g)) & 0x0f0f0f0fu, 8);
       c.scale[g] = scale;
-      c.minimum[g] = -8.0f * scale;
     }
     return c;
   }
@@ -146,7 +145,7 @@ template <> struct Format<TYPE_Q6_K> {
 #pragma unroll
       for (i32 i = 0; i < 4; i++) {
         const u32 four = ((g % 2 ? from.b : from.a).word[i] >> (4 * (g / 2))) & 0x0f0f0f0fu;
-        c.word[g][i] = minus_32(four | (((from.high.word[i] >> (2 * g)) & 0x03030303u) << 4));
+        c.word[g][i] = minus(four | (((from.high.word[i] >> (2 * g)) & 0x03030303u) << 4), 32);
       }
       c.scale[g] = d * (float)from.scale[g];
     }

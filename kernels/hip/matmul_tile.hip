@@ -1,6 +1,6 @@
 // Products of several rows of activations with quantized weight matrices, on the matrix unit: exact integer dot products of
 // signed bytes over 16 or 32 columns, each multiplied by its two scales and added in float32, block after block. So a result
-// has the numbers of matmul_vector.hip and of the CPU, but for the order of sums where slices share a row's columns.
+// has the numbers of the CPU, but for the order of the sum where slices share a row's columns.
 // Compiled once for every quantized WEIGHT_TYPE a model has.
 #include "common/arguments.h"
 #include "hip/formats.h"
@@ -12,7 +12,8 @@ constexpr i32 STRIDE = DEPTH + 16;   // bytes between staged rows: keeps 16-byte
 
 using Weights = Format<WEIGHT_TYPE>;
 
-// Waves that stage operands and multiply them together: one, or a share of the workgroup.
+// Lets a team of waves, which stages operands and multiplies them together, see what it has stored. Teams of several waves meet
+// at the workgroup's barrier, so all of them have to come there equally often.
 template <i32 WAVES>
 DEVICE inline void meet() {
   if constexpr (WAVES == 1) wave_barrier();
@@ -29,8 +30,6 @@ struct Share {
   DEVICE_MEMBER i32 row(i32 n) { return (u32)thread_index() % THREADS / PIECES + n * STEP; }
   DEVICE_MEMBER bool has(i32 n) { return ROWS % STEP == 0 || row(n) < ROWS; }
 };
-
-DEVICE inline i32 smaller(i32 a, i32 b) { return a < b ? a : b; }
 
 // DEPTH columns of ROWS rows in shared memory: quants, and for each row what its blocks are multiplied by.
 template <i32 ROWS, i32 SCALES_PER_BLOCK, bool SECOND>
@@ -59,11 +58,11 @@ struct WeightLoads {
     w = matrix;
     width = columns;
 #pragma unroll
-    for (i32 n = 0; n < Own::COUNT; n++) row[n] = smaller(first + Own::row(n), w.n_rows - 1);
+    for (i32 n = 0; n < Own::COUNT; n++) row[n] = least(first + Own::row(n), w.n_rows - 1);
   }
 
   DEVICE_METHOD void load(i32 stage) {
-    const i32 chunk = smaller(stage * CHUNKS + Own::piece(), width / Weights::ELEMENTS - 1);
+    const i32 chunk = least(stage * CHUNKS + Own::piece(), width / Weights::ELEMENTS - 1);
 #pragma unroll
     for (i32 n = 0; n < Own::COUNT; n++) loaded[n] = Weights::load(w, width, row[n], chunk);
   }
@@ -105,16 +104,16 @@ struct ActivationLoads {
     x = activation;
     width = columns;
 #pragma unroll
-    for (i32 n = 0; n < Quants::COUNT; n++) row_at[n] = smaller(first + Quants::row(n), n_rows - 1) * width;
+    for (i32 n = 0; n < Quants::COUNT; n++) row_at[n] = least(first + Quants::row(n), n_rows - 1) * width;
 #pragma unroll
-    for (i32 n = 0; n < Blocks::COUNT; n++) block_at[n] = smaller(first + Blocks::row(n), n_rows - 1) * (width / 32);
+    for (i32 n = 0; n < Blocks::COUNT; n++) block_at[n] = least(first + Blocks::row(n), n_rows - 1) * (width / 32);
   }
 
   DEVICE_METHOD void load(i32 stage) {
-    const u32 column = smaller(stage * DEPTH + 16 * Quants::piece(), width - 16);
+    const u32 column = least(stage * DEPTH + 16 * Quants::piece(), width - 16);
 #pragma unroll
     for (i32 n = 0; n < Quants::COUNT; n++) quants[n] = load16((const u8*)x.quants + (row_at[n] + column));
-    const u32 block = smaller(stage * BLOCKS + Blocks::piece(), width / 32 - 1);
+    const u32 block = least(stage * BLOCKS + Blocks::piece(), width / 32 - 1);
 #pragma unroll
     for (i32 n = 0; n < Blocks::COUNT; n++) {
       scale[n] = ::load(x.scales + (block_at[n] + block));
@@ -250,7 +249,7 @@ struct Product {
     activations.load(slice());
 #pragma unroll
     for (i32 m = 0; m < N; m++) grid[m].clear();
-    // Stages past the end are zeros: so all slices come to the same barriers.
+    // Stages past the end are zeros, so that all slices make as many rounds.
     for (i32 first = 0; first < n_stages; first += SLICES) {
       activations.store(stage.x, first + slice());
 #pragma unroll

@@ -10,7 +10,7 @@
 //                             method and a static member function)
 //   SHARED                    marks a variable in local data share / shared memory, 16-byte aligned
 //   WAVE                      lanes that run together: 64 on CDNA and gfx906, 32 on RDNA and NVIDIA
-//   thread_index() group_x() group_y() group_z() groups_x()
+//   thread_index() group_x() group_y() group_z()
 //   barrier()                 of the workgroup; orders SHARED accesses
 //   wave_barrier()            of the wave; orders its lanes' accesses to memory
 //   wait_for_previous_launch()  the first thing a kernel with Launch.overlaps does, in every work-item: it may have started
@@ -27,7 +27,10 @@
 //   TILE_UNROLL               blocks of 32 columns whose products matmul_tile.hip may have under way: more want more registers
 //   Tile16: a 16 x 16 float32 product over 16 float16 elements on the matrix unit (see there); its operands are in
 //   registers (OPERANDS_IN_REGISTERS) or stay where they are
-//   Tile8: the same of 16 or 32 signed bytes, exact
+//   Tile8: the same of 32 signed bytes (tile_dot) or the first or last 16 of them (tile_dot_half), exact; left_bytes and
+//   right_bytes give its operands
+//   keep_order()              the compiler moves no instruction across, where it would otherwise load the operands of many
+//                             tiles ahead into registers that it does not have
 #pragma once
 #include "common/types.h"
 
@@ -44,6 +47,8 @@ struct alignas(16) Words4 { u32 word[4]; };
 
 DEVICE inline i32 lane_index() { return thread_index() & (WAVE - 1); }
 DEVICE inline i32 wave_index() { return thread_index() / WAVE; }
+
+DEVICE inline i32 least(i32 a, i32 b) { return a < b ? a : b; }
 
 DEVICE inline float lane_read(float v, i32 lane) {
   return __builtin_bit_cast(float, lane_read(__builtin_bit_cast(i32, v), lane));

@@ -1,5 +1,5 @@
 // The prelude on NVIDIA GPUs under NVRTC: CUDA's built-in variables and PTX.
-// Source: NVIDIA "Parallel Thread Execution ISA" (mma.m16n8k16 fragment layout, ldmatrix, cvt, dp4a).
+// Source: NVIDIA "Parallel Thread Execution ISA" (mma fragment layouts of m16n8k16 and m16n8k32, ldmatrix, cvt, dp4a).
 #pragma once
 
 #define DEVICE __device__ static
@@ -91,17 +91,19 @@ constexpr bool OPERANDS_IN_REGISTERS = true;
 struct Tile16 { float value[8]; };
 struct TileOperand { u32 word[4]; };   // 8 x 8 quarters: (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15)
 
-DEVICE inline TileOperand tile_operand(const f16_bits* p, i32 stride) {
-  const i32 lane = thread_index() & 31;
-  const f16_bits* row = p + (lane % 16) * stride + 8 * (lane / 16);
-  u32 address;
-  asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(address) : "l"(row));
-  TileOperand o;
+// Four matrices of 8 rows of 16 bytes; each lane gives the address of one row.
+template <typename Operand>
+DEVICE inline Operand load_matrices(const void* row) {
+  Operand o;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(o.word[0]), "=r"(o.word[1]), "=r"(o.word[2]), "=r"(o.word[3])
-               : "r"(address)
+               : "r"((u32)__cvta_generic_to_shared(row))
                : "memory");
   return o;
+}
+DEVICE inline TileOperand tile_operand(const f16_bits* p, i32 stride) {
+  const i32 lane = thread_index() & 31;
+  return load_matrices<TileOperand>(p + (lane % 16) * stride + 8 * (lane / 16));
 }
 
 DEVICE inline void tile_multiply(Tile16& c, const TileOperand& a, const TileOperand& b) {
@@ -118,24 +120,15 @@ DEVICE inline i32 tile_column(i32 i) { return 2 * (thread_index() % 4) + (i & 1)
 // `a` and of `b` are 32 consecutive bytes in shared memory, 16-byte aligned; rows lie `stride` bytes apart.
 struct Tile8 { i32 value[8]; };
 struct ByteOperand { u32 word[4]; };
-
-DEVICE inline ByteOperand load_matrices(const i8* row) {
-  ByteOperand o;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(o.word[0]), "=r"(o.word[1]), "=r"(o.word[2]), "=r"(o.word[3])
-               : "r"((u32)__cvta_generic_to_shared(row))
-               : "memory");
-  return o;
-}
 // 8 x 16 quarters: (rows 0-7, k 0-15), (8-15, 0-15), (0-7, 16-31), (8-15, 16-31).
 DEVICE inline ByteOperand left_bytes(const i8* p, i32 stride) {
   const i32 lane = thread_index() & 31;
-  return load_matrices(p + (lane % 16) * stride + 16 * (lane / 16));
+  return load_matrices<ByteOperand>(p + (lane % 16) * stride + 16 * (lane / 16));
 }
 // (rows 0-7, k 0-15), (0-7, 16-31), (8-15, 0-15), (8-15, 16-31).
 DEVICE inline ByteOperand right_bytes(const i8* p, i32 stride) {
   const i32 lane = thread_index() & 31;
-  return load_matrices(p + (lane % 8 + 8 * (lane / 16)) * stride + 16 * (lane / 8 % 2));
+  return load_matrices<ByteOperand>(p + (lane % 8 + 8 * (lane / 16)) * stride + 16 * (lane / 8 % 2));
 }
 
 // All 32 columns.

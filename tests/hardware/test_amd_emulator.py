@@ -293,7 +293,13 @@ def rounding(quant_type: QuantType, bucket: int) -> float:
     return FLOAT16 if quant_type in FLOAT_TYPES and bucket not in VECTOR_ROWS else FLOAT32
 
 
+#: Columns, at least, so that every wave of these tiles stages several times.
+MANY_COLUMNS = {16: 1100, 32: 600}
+
+
 def matmul_width(quant_type: QuantType, bucket: int) -> int:
+    if bucket in MANY_COLUMNS and quant_type not in FLOAT_TYPES:
+        return -(-MANY_COLUMNS[bucket] // quant_type.block_elements) * quant_type.block_elements
     return width_of(quant_type, 28 if bucket in (1, 4) else 5, 173 if bucket in (1, 4) else 40)
 
 

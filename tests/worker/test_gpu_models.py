@@ -20,6 +20,7 @@ from support.stages import LIMITS, CachedSequence, Pipeline, split
 
 from loader.gguf_file import GGUFFile
 from loader.quant_types import QuantType
+from worker import kernel_set
 from worker.device.base import DeviceError
 from worker.device.choose import DeviceKind, open_device
 from worker.device_support import GPU_WEIGHT_TYPES
@@ -70,6 +71,17 @@ def case(request: pytest.FixtureRequest, kind: DeviceKind) -> Iterator[Case]:
 @pytest.mark.parametrize("chunks", [(), (7, 1, 30, 2), (1,) * 20], ids=["prompt", "chunks", "decode"])
 def test_conformance(case: Case, chunks: tuple[int, ...]) -> None:
     case.check(case.pipeline.logits_in_chunks(case.tokens, *chunks))
+
+
+@pytest.mark.parametrize("path", kit(GPU_WEIGHT_TYPES), ids=lambda path: path.stem)
+def test_conformance_of_the_tiles_of_large_matrices(
+    kind: DeviceKind, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The matrices of the kit are so small that otherwise each takes the smallest tiles."""
+    monkeypatch.setattr(kernel_set, "FULL_GRID", 1)
+    case = Case(path, kind)
+    with case.pipeline:
+        case.check(case.pipeline.logits_in_chunks(case.tokens, 20, 40))
 
 
 def test_sequences_share_steps(case: Case) -> None:

@@ -5,12 +5,14 @@ On stand-in AMD GPUs the same sources run on the host, a fiber a lane; where the
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import redshard_cpu
 from support import reference_ops
 from support.gguf_models import random_blocks
 from support.gpu_memory import GpuMemory
@@ -24,10 +26,12 @@ from worker.arguments import (
     AttentionArguments,
     EmbedArguments,
     MatmulArguments,
+    Matrix,
     RmsNormArguments,
     RopeStoreArguments,
     SampleArguments,
     SamplingRow,
+    Step,
     SwigluArguments,
 )
 from worker.device.gpu import GpuDevice
@@ -216,6 +220,17 @@ def test_matmul(memory: GpuMemory, rng: np.random.Generator, quant_type: QuantTy
     assert_close(result, products.expected[0], products.tolerance[0])
 
 
+@pytest.mark.parametrize("quant_type", BLOCK_TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("rows", [12, 32, 64, 70])
+def test_matmul_of_many_columns(
+    memory: GpuMemory, rng: np.random.Generator, quant_type: QuantType, rows: int
+) -> None:
+    """So many that every wave stages several times."""
+    products = Products(memory, rng, rows, 2816, [quant_type])
+    (result,) = multiply(memory, products, rows)
+    assert_close(result, products.expected[0], products.tolerance[0])
+
+
 #: Magnitudes of activations, repeated over the rows: far above and below what float16 holds.
 MAGNITUDES = {
     "large": [1e5],
@@ -299,16 +314,42 @@ def test_a_row_does_not_depend_on_the_others(
 ) -> None:
     """Nor on its place; vector kernels add up alike for every number of rows."""
     products = Products(memory, rng, 140, 512, [quant_type])
-    (alone,) = multiply(memory, products, 1)
-    for rows in VECTOR_ROWS:
-        (together,) = multiply(memory, products, rows)
-        np.testing.assert_array_equal(together[:1], alone)
+    alone = [
+        multiply(memory, Moved(memory, products, np.roll(np.arange(140), -row)), 1)[0] for row in range(8)
+    ]
+    for rows in range(1, 9):
+        (together,) = multiply(memory, products, rows, bound=next(n for n in VECTOR_ROWS if n >= rows))
+        np.testing.assert_array_equal(together, np.concatenate(alone[:rows]))
     order = np.roll(np.arange(140), 3)
     for bound in (16, 32, 64, 140):
         (before,) = multiply(memory, products, bound - 5, bound=bound)
         moved = Moved(memory, products, order)
         (after,) = multiply(memory, moved, bound - 2, bound=bound)
         np.testing.assert_array_equal(after[3:], before)
+
+
+@pytest.mark.parametrize("quant_type", BLOCK_TYPES, ids=lambda t: t.name)
+def test_the_largest_tiles_have_the_numbers_of_the_cpu(
+    memory: GpuMemory, rng: np.random.Generator, quant_type: QuantType
+) -> None:
+    """Bit for bit: the same exact integer products, scaled and added in the same order."""
+    rows, height, width = 70, 45, width_for([quant_type], 32 * int(rng.integers(5, 40)))
+    values = rng.standard_normal((rows, width), np.float32)
+    x = reference_ops.quantize(values)
+    blocks = np.ascontiguousarray(random_blocks(rng, quant_type, (height, width), width**-0.5))
+    output = memory.room((rows, height))
+    arguments = MatmulArguments(memory.put_step(rows), memory.put_activation(values, x))
+    arguments.w[0], arguments.y[0] = memory.put_matrix(blocks, quant_type), output.address
+    arguments.n_matrices, arguments.width = 1, width
+    memory.device.launch("matmul", arguments, rows)
+
+    step, expected = Step(rows, 1, 0, 0), np.empty((rows, height), np.float32)
+    on_cpu = MatmulArguments(ctypes.addressof(step))
+    on_cpu.x = Activation(0, x.quants.ctypes.data, x.scales.ctypes.data, x.sums.ctypes.data)
+    on_cpu.w[0] = Matrix(blocks.ctypes.data, 0, quant_type.ggml_id, height)
+    on_cpu.y[0], on_cpu.n_matrices, on_cpu.width = expected.ctypes.data, 1, width
+    redshard_cpu.Runtime(1).launch("matmul", bytes(on_cpu))
+    np.testing.assert_array_equal(memory.read_rows(output, rows), expected)
 
 
 @every_type
@@ -346,7 +387,7 @@ def _check_swiglu(
     magnitudes: np.ndarray | None = None,
 ) -> None:
     """Rows of activations may be multiplied by `magnitudes`; there is no bias then."""
-    width = width_for([quant_type], 224)
+    width = width_for([quant_type], 736)
     values = rng.standard_normal((rows, width), np.float32)
     if magnitudes is not None:
         values *= magnitudes.astype(np.float32)[:, None]
