@@ -24,6 +24,14 @@ template <i32 type> struct Format;
 
 template <typename F> using Unpacked = decltype(F::unpack(typename F::Loaded(), 0u));
 
+// Workgroups run over the rows of all matrices of a launch, each matrix rounded up to whole workgroups of `rows` rows: which
+// matrix workgroup number `group` is of; `group` becomes its number among those of that matrix.
+DEVICE inline i32 matrix_of_group(const MatmulArguments& a, i32 rows, i32& group) {
+  i32 m = 0;
+  while (m < a.n_matrices - 1 && group >= (a.w[m].n_rows + rows - 1) / rows) group -= (a.w[m++].n_rows + rows - 1) / rows;
+  return m;
+}
+
 DEVICE inline const u8* bytes_of(const Matrix& w) { return (const u8*)w.data; }
 DEVICE inline Words4 load16(const u8* p) { return load((const Words4*)p); }
 DEVICE inline i8 load_byte(const u8* p) { return (i8)load(p); }

@@ -297,13 +297,13 @@ struct Product {
 };
 
 // y = x w^T for one block of TOKENS x ROWS. Grid: over blocks of tokens first, so that those who read the same weights run
-// together, then over blocks of rows of all matrices of the launch, each matrix rounded up to whole blocks.
+// together, then over blocks of rows of all matrices of the launch.
 template <i32 TOKENS, i32 ROWS, i32 TEAM, i32 SLICES>
 DEVICE inline void matmul_tile(const MatmulArguments& a) {
   using Own = Product<TOKENS, ROWS, 1, TEAM, SLICES>;
   SHARED typename Own::Shared shared;
-  i32 group = group_y(), m = 0;
-  while (m < a.n_matrices - 1 && group >= (a.w[m].n_rows + ROWS - 1) / ROWS) group -= (a.w[m++].n_rows + ROWS - 1) / ROWS;
+  i32 group = group_y();
+  const i32 m = matrix_of_group(a, ROWS, group);
   const Matrix w[1] = {a.w[m]};
   const i32 first_token = group_x() * TOKENS, first_row = group * ROWS;
 

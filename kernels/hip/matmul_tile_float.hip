@@ -156,8 +156,8 @@ DEVICE inline void matmul_tile_float(const MatmulArguments& a) {
   const i32 n = a.over_outputs ? a.step->n_outputs : a.step->n_tokens;
   const i32 first_token = group_x() * TOKENS;
   if (first_token >= n) return;
-  i32 group = group_y(), m = 0;
-  while (m < a.n_matrices - 1 && group >= (a.w[m].n_rows + ROWS - 1) / ROWS) group -= (a.w[m++].n_rows + ROWS - 1) / ROWS;
+  i32 group = group_y();
+  const i32 m = matrix_of_group(a, ROWS, group);
   const Matrix& w = a.w[m];
   const i32 first_row = group * ROWS;
 

@@ -109,13 +109,12 @@ DEVICE inline void rows_times_tokens(const WeightRows<ROWS>& rows, const Activat
 constexpr i32 VECTOR_ROWS = 2;       // rows of weights a wave takes at a time
 constexpr i32 VECTOR_THREADS = 128;
 
-// Workgroups run over the rows of all matrices of the launch, each matrix rounded up to whole workgroups. A lane a result.
+// A lane stores a result.
 template <i32 type, i32 TOKENS>
 DEVICE inline void matmul_vector(const MatmulArguments& a) {
   constexpr i32 ROWS_PER_GROUP = VECTOR_ROWS * VECTOR_THREADS / WAVE;
-  i32 group = group_x(), m = 0;
-  while (m < a.n_matrices - 1 && group >= (a.w[m].n_rows + ROWS_PER_GROUP - 1) / ROWS_PER_GROUP)
-    group -= (a.w[m++].n_rows + ROWS_PER_GROUP - 1) / ROWS_PER_GROUP;
+  i32 group = group_x();
+  const i32 m = matrix_of_group(a, ROWS_PER_GROUP, group);
   const Matrix& w = a.w[m];
   const i32 first = group * ROWS_PER_GROUP + wave_index() * VECTOR_ROWS;
   if (first < w.n_rows) prefetch_rows<type>(w, a.width, first, VECTOR_ROWS);

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from support import native_ops, reference_ops
 from support.attention_cases import expected, random_cache
+from support.comparisons import FLOAT_TYPES, GPU_TYPES
 from support.gguf_models import random_blocks
 from support.native_ops import Guarded, Output
 from support.reference_ops import Quantized, Sampling
@@ -39,9 +40,6 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]
-BLOCK_TYPES = [QuantType.Q4_0, QuantType.Q8_0, QuantType.Q4_K, QuantType.Q6_K]
-TYPES = FLOAT_TYPES + BLOCK_TYPES
 #: Relative errors that a kernel may have: float32 sums, or operands rounded to float16 for the matrix unit.
 FLOAT32, FLOAT16 = 2e-6, 1e-3
 #: Error that a log probability may have, in proportion to 1 + its size: the logarithm of a sum near 1 is near
@@ -190,7 +188,7 @@ def test_split_planes(
     record(table, gpu, quant_type.name, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("quant_type", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("quant_type", GPU_TYPES, ids=lambda t: t.name)
 def test_embed(
     gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Generator, quant_type: QuantType
 ) -> None:
@@ -304,7 +302,7 @@ def matmul_width(quant_type: QuantType, bucket: int) -> int:
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
-@pytest.mark.parametrize("quant_type", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("quant_type", GPU_TYPES, ids=lambda t: t.name)
 def test_matmul(
     gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Generator, quant_type: QuantType, bucket: int
 ) -> None:
@@ -354,7 +352,7 @@ def test_tiles_of_rows_of_any_magnitude(
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
-@pytest.mark.parametrize("quant_type", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("quant_type", GPU_TYPES, ids=lambda t: t.name)
 def test_swiglu(
     gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Generator, quant_type: QuantType, bucket: int
 ) -> None:
@@ -488,6 +486,6 @@ def test_sample_ties_and_what_is_not_finite(gpu: EmulatedGpu) -> None:
 def test_every_kernel_has_run(module_gpu: EmulatedGpu, table: EmulatedTable) -> None:
     """The last test of the module: those before have run all of KERNELS.md, in every weight format."""
     ran = {key for key, by_arch in table.errors.items() if module_gpu.arch in by_arch}
-    listed, weight_formats = listed_kernels(KERNELS.read_text()), {t.name for t in TYPES}
+    listed, weight_formats = listed_kernels(KERNELS.read_text()), {t.name for t in GPU_TYPES}
     assert {kernel for kernel, _ in ran} == {kernel for kernel, _ in listed}
     assert {key for key in listed if key[1] in weight_formats} <= ran

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from support import standin
+from support.gpu_memory import GpuMemory
 
 from worker.device.base import DeviceError
 from worker.device.choose import open_device
@@ -37,3 +38,15 @@ def rng() -> np.random.Generator:
     seed = secrets.randbits(32)
     print(f"seed of this test's random numbers: {seed}")  # shown when the test fails
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module")
+def module_memory(gpu: GpuDevice) -> GpuMemory:
+    return GpuMemory(gpu)
+
+
+@pytest.fixture
+def memory(module_memory: GpuMemory) -> GpuMemory:
+    """Arrays in the memory of that GPU, none left of the test before."""
+    module_memory.clear()
+    return module_memory
