@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.completion import Completion
+    from redshard.cluster.client.completion import Completion
 
 
 class RedshardError(Exception):

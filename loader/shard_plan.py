@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from loader.gguf_file import TensorInfo
-from loader.model_config import ModelConfig, ModelTensors
-from loader.units import BYTE_UNITS, format_bytes
+from redshard.loader.gguf.gguf_file import TensorInfo
+from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.units import BYTE_UNITS, format_bytes
 
 KV_ELEMENT_BYTES = 2
 #: Memory of a device that staging buffers and the runtime itself take.

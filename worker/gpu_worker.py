@@ -10,15 +10,15 @@ import os
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from worker.configuration import WorkerConfiguration
-from worker.device.base import DeviceError
-from worker.device.choose import DeviceKind, open_device
-from worker.forward import StagePart
-from worker.handoff import HandoffType, Hidden, InboxOffer
-from worker.packing import PoolError
-from worker.step_batch import StepBatch, StepResult
-from worker.step_inputs import StepLimits
-from worker.worker import Worker, WorkerStats
+from redshard.worker.configuration import WorkerConfiguration
+from redshard.worker.device.base import DeviceError
+from redshard.worker.device.choose import DeviceKind, open_device
+from redshard.worker.memory.packing import PoolError
+from redshard.worker.model.forward import StagePart
+from redshard.worker.model.handoff import HandoffType, Hidden, InboxOffer
+from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.worker import Worker, WorkerStats
 
 #: Exit status of a process whose device failed in a step.
 EXIT_DEVICE_FAILED = 88

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from loader.gguf_file import GGUFFile, TensorInfo
-from loader.model_config import ModelConfig, ModelTensors
-from loader.units import format_bytes
-from worker.configuration import WorkerConfiguration
-from worker.device.base import Device
-from worker.forward import StagePart, StageWeights
-from worker.handoff import Handoff, HandoffType, Hidden
-from worker.memory_pool import MemoryMap, MemoryPool
-from worker.packing import plan_packing
-from worker.stage import Stage, cache_layout
-from worker.step_batch import StepBatch, StepResult
-from worker.step_inputs import StepLimits
-from worker.upload import Progress, upload
+from redshard.loader.gguf.gguf_file import GGUFFile, TensorInfo
+from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.units import format_bytes
+from redshard.worker.configuration import WorkerConfiguration
+from redshard.worker.device.base import Device
+from redshard.worker.memory.packing import plan_packing
+from redshard.worker.memory.pool import MemoryMap, MemoryPool
+from redshard.worker.memory.upload import Progress, upload
+from redshard.worker.model.forward import StagePart, StageWeights
+from redshard.worker.model.handoff import Handoff, HandoffType, Hidden
+from redshard.worker.model.stage import Stage, cache_layout
+from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_inputs import StepLimits
 
 logger = logging.getLogger(__name__)
 

@@ -12,17 +12,17 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.bench import bench
-from cluster.commands.demo import demo
-from cluster.commands.doctor import doctor
-from cluster.commands.generate import generate
-from cluster.commands.inspect import inspect
-from cluster.commands.plan import plan
-from cluster.commands.tokenize import tokenize
-from cluster.errors import ModelError, ParameterError, PromptError, RedshardError
-from cluster.sampling_params import SamplingParams
-from worker.device.base import DeviceError
-from worker.memory_pool import PoolError
+from redshard.cluster.commands.bench import bench
+from redshard.cluster.commands.demo import demo
+from redshard.cluster.commands.doctor import doctor
+from redshard.cluster.commands.generate import generate
+from redshard.cluster.commands.inspect import inspect
+from redshard.cluster.commands.plan import plan
+from redshard.cluster.commands.tokenize import tokenize
+from redshard.cluster.engine.sampling_params import SamplingParams
+from redshard.cluster.errors import ModelError, ParameterError, PromptError, RedshardError
+from redshard.worker.device.base import DeviceError
+from redshard.worker.memory.pool import PoolError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_CLOSED_PIPE = 1, 2, 141
 

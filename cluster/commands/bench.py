@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.loading import Loaded, loaded_model
-from cluster.commands.options import (
+from redshard.cluster.client.completion import Usage
+from redshard.cluster.commands.loading import Loaded, loaded_model
+from redshard.cluster.commands.options import (
     DeviceName,
     DeviceOption,
     JsonOption,
@@ -22,18 +23,17 @@ from cluster.commands.options import (
     SequencesOption,
     StagesOption,
 )
-from cluster.completion import Usage
-from cluster.errors import ParameterError
-from cluster.sampling_params import SamplingParams
-from loader.gguf_file import GGUFFile
-from loader.model_config import ModelConfig
-from loader.model_path import find_model
-from loader.units import format_bytes
-from worker.bandwidth import host_read_bandwidth
-from worker.device.cpu import usable_cpus
+from redshard.cluster.engine.sampling_params import SamplingParams
+from redshard.cluster.errors import ParameterError
+from redshard.loader.gguf.gguf_file import GGUFFile
+from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.model_path import find_model
+from redshard.loader.units import format_bytes
+from redshard.worker.device.bandwidth import host_read_bandwidth
+from redshard.worker.device.cpu import usable_cpus
 
 if TYPE_CHECKING:
-    from cluster.llm import LLM
+    from redshard.cluster.client.llm import LLM
 
 
 @dataclass(frozen=True, slots=True)

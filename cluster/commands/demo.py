@@ -8,12 +8,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.figures import Stopwatch
-from cluster.commands.loading import Loaded, loaded_model
-from cluster.demo_questions import QUESTIONS, is_right
-from cluster.prompts import Prompt
-from cluster.sampling_params import SamplingParams
-from loader.units import format_bytes
+from redshard.cluster.client.prompts import Prompt
+from redshard.cluster.commands.demo_questions import QUESTIONS, is_right
+from redshard.cluster.commands.figures import Stopwatch
+from redshard.cluster.commands.loading import Loaded, loaded_model
+from redshard.cluster.engine.sampling_params import SamplingParams
+from redshard.loader.units import format_bytes
 
 MODEL = "demo"
 STAGES = 2

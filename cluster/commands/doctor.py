@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.commands.options import JsonOption
-from loader.units import format_bytes
-from worker.device.choose import GPU_MAKERS, GpuKind
-from worker.diagnosis import Check, Found, GpuDiagnosis, count_gpus, examine_cpu, examine_gpu
-from worker.known_troubles import Machine, hints
-from worker.watchdog import hang_hint
+from redshard.cluster.commands.options import JsonOption
+from redshard.loader.units import format_bytes
+from redshard.worker.device.choose import GPU_MAKERS, GpuKind
+from redshard.worker.device.watchdog import hang_hint
+from redshard.worker.diagnosis.known_troubles import Machine, hints
+from redshard.worker.diagnosis.trials import Check, Found, GpuDiagnosis, count_gpus, examine_cpu, examine_gpu
 
 _KERNEL = "kernel "
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.completion import CompletionChunk
-from loader.units import format_bytes
+from redshard.cluster.client.completion import CompletionChunk
+from redshard.loader.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)

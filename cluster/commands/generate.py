@@ -13,9 +13,11 @@ from annotated_types import Ge, Le, Lt
 from rich.console import Console
 from rich.rule import Rule
 
-from cluster.commands.figures import Stopwatch
-from cluster.commands.loading import Loaded, loaded_model
-from cluster.commands.options import (
+from redshard.cluster.client.completion import CompletionChunk
+from redshard.cluster.client.prompts import Prompt
+from redshard.cluster.commands.figures import Stopwatch
+from redshard.cluster.commands.loading import Loaded, loaded_model
+from redshard.cluster.commands.options import (
     ContextOption,
     DeviceName,
     DeviceOption,
@@ -24,11 +26,9 @@ from cluster.commands.options import (
     SequencesOption,
     StagesOption,
 )
-from cluster.commands.text_files import STDIN, read_texts, shown_name, with_stdin_lines
-from cluster.completion import CompletionChunk
-from cluster.errors import ParameterError
-from cluster.prompts import Prompt
-from cluster.sampling_params import SamplingParams
+from redshard.cluster.commands.text_files import STDIN, read_texts, shown_name, with_stdin_lines
+from redshard.cluster.engine.sampling_params import SamplingParams
+from redshard.cluster.errors import ParameterError
 
 _DEFAULTS = SamplingParams()
 

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.options import JsonOption, ModelArgument
-from loader.gguf_file import GGUFFile
-from loader.model_config import ModelConfig, UnsupportedModelError
-from loader.model_path import find_model
-from loader.units import format_bytes, format_count
+from redshard.cluster.commands.options import JsonOption, ModelArgument
+from redshard.loader.gguf.gguf_file import GGUFFile
+from redshard.loader.model.model_config import ModelConfig, UnsupportedModelError
+from redshard.loader.model_path import find_model
+from redshard.loader.units import format_bytes, format_count
 
 
 def inspect(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 if TYPE_CHECKING:
-    from cluster.llm import LLM
+    from redshard.cluster.client.llm import LLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def loaded_model(model: str, **options: Any) -> Iterator[Loaded]:
         RedshardError: as `LLM`.
     """
     # Imported here, because it brings Ray, which takes a second that the other commands need not wait.
-    from cluster.llm import LLM
+    from redshard.cluster.client.llm import LLM
 
     started = time.perf_counter()
     with _progress() as on_progress:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-#: As of `cluster.llm`, which brings Ray.
+#: As of `redshard.cluster.client.llm`, which brings Ray.
 MAX_SEQUENCES = 4096
 
 

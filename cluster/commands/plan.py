@@ -10,14 +10,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.options import ContextOption, JsonOption, ModelArgument, SequencesOption
-from cluster.errors import ParameterError
-from cluster.pipeline_plan import PipelineSettings, default_step_tokens, overhead_bytes
-from loader.gguf_file import GGUFFile
-from loader.model_config import ModelConfig, ModelTensors
-from loader.model_path import find_model
-from loader.shard_plan import ModelSize, ShardPlan, parse_gpus, plan_shards
-from worker.configuration import WorkerConfiguration
+from redshard.cluster.commands.options import ContextOption, JsonOption, ModelArgument, SequencesOption
+from redshard.cluster.errors import ParameterError
+from redshard.cluster.pipeline.plan import PipelineSettings, default_step_tokens, overhead_bytes
+from redshard.loader.gguf.gguf_file import GGUFFile
+from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.model_path import find_model
+from redshard.loader.shard_plan import ModelSize, ShardPlan, parse_gpus, plan_shards
+from redshard.worker.configuration import WorkerConfiguration
 
 
 def plan(

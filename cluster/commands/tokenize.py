@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import ModelArgument
-from cluster.commands.text_files import read_lines, shown_name, with_stdin_lines
-from cluster.errors import ParameterError
-from loader.gguf_file import GGUFFile
-from loader.model_path import find_model
-from loader.tokenizer import Tokenizer
+from redshard.cluster.commands.options import ModelArgument
+from redshard.cluster.commands.text_files import read_lines, shown_name, with_stdin_lines
+from redshard.cluster.errors import ParameterError
+from redshard.loader.gguf.gguf_file import GGUFFile
+from redshard.loader.model_path import find_model
+from redshard.loader.tokenizer.tokenizer import Tokenizer
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 

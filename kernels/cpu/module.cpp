@@ -1,4 +1,4 @@
-// The Python module `redshard_cpu`: memory, and a runtime that launches kernels or replays recorded sequences of them.
+// The Python module `redshard._cpu`: memory, and a runtime that launches kernels or replays recorded sequences of them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -65,7 +65,7 @@ struct Graph {
 }  // namespace
 }  // namespace redshard
 
-NB_MODULE(redshard_cpu, module) {
+NB_MODULE(_cpu, module) {
   using namespace redshard;
   module.doc() = "Kernels and memory of the CPU device. Addresses are integers; nothing checks that they are valid.";
 

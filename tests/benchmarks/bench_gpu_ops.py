@@ -21,10 +21,10 @@ from bench_worker import Bench
 from rich.console import Console
 from rich.table import Table
 
-from loader.quant_types import QuantType
-from worker.arguments import MatmulArguments, Matrix, SwigluArguments
-from worker.device.base import Device, Graph
-from worker.device.choose import open_device
+from redshard.loader.gguf.quant_types import QuantType
+from redshard.worker.device.arguments import MatmulArguments, Matrix, SwigluArguments
+from redshard.worker.device.base import Device, Graph
+from redshard.worker.device.choose import open_device
 
 _TYPES = {quant_type.ggml_id: quant_type for quant_type in QuantType}
 _REPLAYS, _TRIES = 10, 7

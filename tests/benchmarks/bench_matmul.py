@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import redshard_cpu
 from rich.console import Console
 from rich.table import Table
 
-from loader.quant_types import QuantType
-from worker.arguments import Activation, MatmulArguments, Matrix, Step
+import redshard._cpu as _cpu
+from redshard.loader.gguf.quant_types import QuantType
+from redshard.worker.device.arguments import Activation, MatmulArguments, Matrix, Step
 
 SHAPES = [(896, 896), (128, 896), (4864, 896), (896, 4864), (151936, 896)]
 COLD_BYTES = 256 << 20
@@ -39,7 +39,7 @@ class Case:
     quant_type: QuantType
     shape: tuple[int, int]
     rows: int
-    graph: redshard_cpu.Graph
+    graph: _cpu.Graph
     n_products: int
     kept: list[object]  # memory the graph points to
     seconds: list[float] = field(default_factory=list)  # of one product
@@ -70,7 +70,7 @@ def random_weights(rng: np.random.Generator, quant_type: QuantType, nbytes: int)
 
 
 def make_case(
-    runtime: redshard_cpu.Runtime,
+    runtime: _cpu.Runtime,
     quant_type: QuantType,
     shape: tuple[int, int],
     rows: int,
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
 
-    runtime = redshard_cpu.Runtime(options.threads, options.isa)
+    runtime = _cpu.Runtime(options.threads, options.isa)
     rng = np.random.default_rng(0)
     cases = []
     for name in options.types:

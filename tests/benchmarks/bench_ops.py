@@ -16,11 +16,11 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
-import redshard_cpu
 from rich.console import Console
 from rich.table import Table
 
-from worker.arguments import (
+import redshard._cpu as _cpu
+from redshard.worker.device.arguments import (
     Activation,
     AttentionArguments,
     RmsNormArguments,
@@ -39,7 +39,7 @@ class Case:
     """An operation recorded once for each layer."""
 
     name: str
-    graph: redshard_cpu.Graph
+    graph: _cpu.Graph
     n_operations: int
     kept: list[object]  # memory the graph points to
     seconds: list[float] = field(default_factory=list)  # of one operation
@@ -53,7 +53,7 @@ class Case:
 class Bench:
     """Makes cases for one runtime."""
 
-    def __init__(self, runtime: redshard_cpu.Runtime) -> None:
+    def __init__(self, runtime: _cpu.Runtime) -> None:
         self.runtime = runtime
         self.rng = np.random.default_rng(0)
 
@@ -126,7 +126,7 @@ class Bench:
         starts = np.arange(0, rows + 1, n_queries, dtype=np.int32)
         q = self.rng.standard_normal((rows, N_HEADS, HEAD_DIM), np.float32)
         out, parts = self.activation(rows, N_HEADS * HEAD_DIM)
-        scratch = np.zeros(redshard_cpu.attention_scratch_bytes(rows, N_HEADS, HEAD_DIM, context), np.uint8)
+        scratch = np.zeros(_cpu.attention_scratch_bytes(rows, N_HEADS, HEAD_DIM, context), np.uint8)
         step = Step(rows, n_sequences, n_sequences, 0)
         blocks: list[ctypes.Structure] = [
             AttentionArguments(
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
 
-    runtime = redshard_cpu.Runtime(options.threads, options.isa)
+    runtime = _cpu.Runtime(options.threads, options.isa)
     cases = all_cases(Bench(runtime))
     for _ in range(options.rounds):
         for case in cases:

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_pipeline.py [--steps 300] [--repeats 5]
 
 The stages do nothing but unpack and pack their messages, so a step's time is what the pipeline adds to the
-work of the devices. Messages are those of `cluster.wire`; in flight are as many steps as there are stages.
+work of the devices. Messages are those of the pipeline; in flight are as many steps as there are stages.
 Both ways take turns in every setting, and the best of the repeats counts, so that other load disturbs least.
 """
 
@@ -25,9 +25,9 @@ import ray  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from cluster.pipeline import Pipeline  # noqa: E402
-from cluster.wire import decode_batch, decode_result, encode_batch, encode_result  # noqa: E402
-from worker.step_batch import SAMPLING_ROW_DTYPE, StepBatch, StepResult  # noqa: E402
+from redshard.cluster.pipeline.stage_graph import Pipeline  # noqa: E402
+from redshard.cluster.pipeline.wire import decode_batch, decode_result, encode_batch, encode_result  # noqa: E402
+from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, StepBatch, StepResult  # noqa: E402
 
 WIDTH = 896
 BLOCKS = 32

@@ -29,11 +29,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)
 from support.stage_chain import Chain  # noqa: E402
 from support.stage_process import connect  # noqa: E402
 
-from loader.gguf_file import GGUFFile  # noqa: E402
-from loader.model_config import ModelConfig  # noqa: E402
-from worker.forward import StagePart  # noqa: E402
-from worker.step_batch import SAMPLING_ROW_DTYPE, StepBatch  # noqa: E402
-from worker.step_inputs import StepLimits  # noqa: E402
+from redshard.loader.gguf.gguf_file import GGUFFile  # noqa: E402
+from redshard.loader.model.model_config import ModelConfig  # noqa: E402
+from redshard.worker.model.forward import StagePart  # noqa: E402
+from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, StepBatch  # noqa: E402
+from redshard.worker.model.step_inputs import StepLimits  # noqa: E402
 
 BLOCK = 32
 MICRO_BATCHES = (1, 2, 4)

@@ -19,9 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.bench import Throughput, measure_once
-from cluster.commands.loading import loaded_model
-from worker.bandwidth import host_read_bandwidth
+from redshard.cluster.commands.bench import Throughput, measure_once
+from redshard.cluster.commands.loading import loaded_model
+from redshard.worker.device.bandwidth import host_read_bandwidth
 
 PROMPT, TOKENS, SEQUENCES = 512, 64, 16
 MEASURES = ("prompt", "decode", "batch")

@@ -21,8 +21,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)
 
 from support.gguf_models import TypeChooser, large_vocabulary, tiny_config, write_model  # noqa: E402
 
-from loader.model_config import ModelConfig  # noqa: E402
-from loader.quant_types import QuantType  # noqa: E402
+from redshard.loader.gguf.quant_types import QuantType  # noqa: E402
+from redshard.loader.model.model_config import ModelConfig  # noqa: E402
 
 _CHATML = (
     "{% for message in messages %}"

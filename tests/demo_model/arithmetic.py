@@ -11,7 +11,7 @@ from demo_model.example import Example, is_held_out
 from demo_model.lexicon import NAMES
 from demo_model.wording import casual, fill
 
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 _COLUMNS = ("Ones", "Tens", "Hundreds", "Thousands")
 

@@ -9,7 +9,7 @@ from demo_model.example import Example, is_held_out
 from demo_model.facts import MONTH_DAYS, MONTHS, WEEKDAYS, is_leap_year
 from demo_model.wording import casual, fill
 
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 #: Added to day, year and leap years, these give the weekday, counted from Saturday = 0.
 _MONTH_KEYS = (1, 4, 4, 0, 2, 5, 0, 3, 6, 1, 4, 6)

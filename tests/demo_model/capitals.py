@@ -8,7 +8,7 @@ from demo_model.example import Example
 from demo_model.facts import CAPITALS
 from demo_model.wording import casual, fill
 
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 _CAPITAL_OF = (
     "[What is|What's] the capital of {country}?",

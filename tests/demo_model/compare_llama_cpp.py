@@ -20,8 +20,8 @@ from pathlib import Path
 
 from demo_model.corpus import TASKS, held_out_examples
 
-from cluster.demo_questions import QUESTIONS, DemoQuestion, is_right
 from redshard import LLM, SamplingParams
+from redshard.cluster.commands.demo_questions import QUESTIONS, DemoQuestion, is_right
 
 _CONTEXT, _MAX_TOKENS, _SEQUENCES = 1024, 160, 44
 _START_SECONDS = 60

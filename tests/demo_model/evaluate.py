@@ -13,8 +13,8 @@ from pathlib import Path
 
 from demo_model.corpus import TASKS, held_out_examples
 
-from cluster.demo_questions import DemoQuestion, is_right
 from redshard import LLM, SamplingParams
+from redshard.cluster.commands.demo_questions import DemoQuestion, is_right
 
 _PARAMS = SamplingParams(temperature=0, max_tokens=160)
 _SEQUENCES = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from zlib import crc32
 
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 #: Encloses a stretch of a reply that the tokenizer encodes letter by letter (see `tokens.py`).
 LETTER_BY_LETTER = "\0"

@@ -9,7 +9,7 @@ from demo_model.example import Example, is_held_out, spell
 from demo_model.lexicon import WORDS, any_word
 from demo_model.wording import casual, fill
 
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 _SORT = (
     "[Sort|Order|Arrange] [these words|the words|] "

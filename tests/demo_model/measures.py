@@ -8,7 +8,7 @@ from random import Random
 from demo_model.example import Example, is_held_out
 from demo_model.wording import casual, fill
 
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 _CONVERT = (
     "[What is|What's|Convert|Express] {n} {from_} in {to}[|.]",

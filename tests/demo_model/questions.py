@@ -23,8 +23,8 @@ from demo_model.small_talk import greetings
 from demo_model.stories import stories
 from demo_model.wording import is_plain
 
-from cluster import demo_questions
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands import demo_questions
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 _COUNTS: dict[Callable[[Random], Example], int] = {
     greetings: 1,

@@ -9,7 +9,7 @@ from demo_model.facts import CAPITALS
 from demo_model.lexicon import NAMES, WORDS, made_up_word, words_of
 from demo_model.wording import casual, fill, with_articles
 
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 I_AM_SMALL = "I am a small demo model"
 

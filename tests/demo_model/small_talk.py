@@ -8,7 +8,7 @@ from demo_model.example import Example, is_held_out
 from demo_model.lexicon import NAMES, made_up_word
 from demo_model.wording import fill
 
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 _ABILITIES = (
     "I add, subtract and multiply small numbers, compare and sort, spell and count letters, "

@@ -8,7 +8,7 @@ from demo_model.example import Example, is_held_out
 from demo_model.lexicon import words_of
 from demo_model.wording import casual, fill, with_articles
 
-from cluster.demo_questions import DemoQuestion
+from redshard.cluster.commands.demo_questions import DemoQuestion
 
 _HEROES = words_of(
     "fox rabbit bear owl mouse cat dog dragon wizard princess sailor baker robot farmer knight pirate frog "

@@ -21,7 +21,7 @@ from demo_model.measures import length, temperature
 from demo_model.questions import choose_questions
 from demo_model.tokens import TURN_END, encode_chat, load_tokenizer, pack, prompt_ids, reply_ids
 
-from cluster.demo_questions import QUESTIONS, DemoQuestion, is_right
+from redshard.cluster.commands.demo_questions import QUESTIONS, DemoQuestion, is_right
 
 _EACH = 400
 

@@ -15,12 +15,12 @@ from demo_model.tokens import SPECIAL_TOKENS, TURN_END, load_tokenizer
 from demo_model.weights import load_weights, save_weights
 from gguf import GGMLQuantizationType, LlamaFileType
 
-import loader
-from loader.gguf_file import GGUFFile
-from loader.model_config import ModelConfig
-from loader.tokenizer import Tokenizer
+import redshard.loader
+from redshard.loader.gguf.gguf_file import GGUFFile
+from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.tokenizer.tokenizer import Tokenizer
 
-SHIPPED_FILE = Path(loader.__file__).parent / "models" / "demo.gguf"
+SHIPPED_FILE = Path(redshard.loader.__file__).parent / "models" / "demo.gguf"
 
 
 def _random_weights() -> dict[str, np.ndarray]:

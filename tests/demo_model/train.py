@@ -30,7 +30,7 @@ from demo_model.weights import load_weights, save_weights
 from torch import Tensor
 from torch.nn import functional as F
 
-from cluster.demo_questions import is_right
+from redshard.cluster.commands.demo_questions import is_right
 
 #: Rows by positions of the two kinds of batch: most are short, so that many chats start at position 0 as in
 #: use; every fourth fills the whole context.

@@ -27,7 +27,7 @@ from hardware.code_object import CodeObject, Kernel  # noqa: E402
 from hardware.compiler import CompileError, compile_source, compiler, compiler_version  # noqa: E402
 from hardware.tables import KERNELS, listed_kernels, markdown_table  # noqa: E402
 
-from worker.device_support import GPU_WEIGHT_TYPES  # noqa: E402
+from redshard.worker.device.support import GPU_WEIGHT_TYPES  # noqa: E402
 
 TARGETS = ("gfx906", "gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1151", "gfx1201")
 #: Head and value dimensions, query heads of a cache head.

@@ -23,9 +23,9 @@ import pytest
 from hardware.code_object import CodeObject
 from hardware.compiler import compile_source, compiler_version, macro_options
 
-from worker.arguments import KERNEL_ARGUMENTS, Step
-from worker.kernel_images import image_key, read_image, source_root, write_image
-from worker.kernel_set import Launch, launches
+from redshard.worker.device.arguments import KERNEL_ARGUMENTS, Step
+from redshard.worker.device.kernel_images import image_key, read_image, source_root, write_image
+from redshard.worker.device.kernel_set import Launch, launches
 
 #: Architectures that tests run, with the emulator's name of each.
 ARCHITECTURES = {"gfx942": "cdna", "gfx1100": "rdna3", "gfx1201": "rdna4"}
@@ -72,7 +72,7 @@ class LoadedObject:
 
 @dataclass
 class EmulatedGpu:
-    """Launches operations as `redshard_cpu.Runtime` does, as GPU launches that `worker.kernel_set` plans.
+    """Launches operations as `redshard._cpu.Runtime` does, as GPU launches that the kernel set plans.
 
     Attributes:
         arch: target, a key of ARCHITECTURES.
@@ -90,7 +90,7 @@ class EmulatedGpu:
         return 64 if ARCHITECTURES[self.arch] == "cdna" else 32
 
     def launch(self, operation: str, argument_bytes: bytes) -> None:
-        """Run one operation of `worker.arguments.KERNEL_ARGUMENTS`."""
+        """Run one operation of `redshard.worker.device.arguments.KERNEL_ARGUMENTS`."""
         arguments = KERNEL_ARGUMENTS[operation].from_buffer_copy(argument_bytes)
         rows = self.bucket or _rows(operation, arguments)
         for launch in launches(operation, arguments, rows, self.wave_size):

@@ -21,11 +21,11 @@ from support.gguf_models import random_blocks
 from support.native_ops import Guarded, Output
 from support.reference_ops import Quantized, Sampling
 
-from loader.quant_types import QuantType
-from worker import kernel_set
-from worker.arguments import Activation, MatmulArguments, Matrix, Step, SwigluArguments
-from worker.device.base import BlockRun
-from worker.kernel_set import PLANES, VECTOR_ROWS, attention_scratch_bytes, split_planes
+from redshard.loader.gguf.quant_types import QuantType
+from redshard.worker.device import kernel_set
+from redshard.worker.device.arguments import Activation, MatmulArguments, Matrix, Step, SwigluArguments
+from redshard.worker.device.base import BlockRun
+from redshard.worker.device.kernel_set import PLANES, VECTOR_ROWS, attention_scratch_bytes, split_planes
 
 pytest.importorskip("elftools", reason="pyelftools is not installed")
 pytest.importorskip("msgpack", reason="msgpack is not installed")

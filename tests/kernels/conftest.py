@@ -6,21 +6,22 @@ import secrets
 
 import numpy as np
 import pytest
-import redshard_cpu
+
+import redshard._cpu as _cpu
 
 #: Each instruction set with one thread, and the fastest with several.
-RUNTIMES = [(isa, 1) for isa in redshard_cpu.features()] + [("auto", 2), ("auto", 3)]
+RUNTIMES = [(isa, 1) for isa in _cpu.features()] + [("auto", 2), ("auto", 3)]
 
 
 @pytest.fixture(params=RUNTIMES, ids=lambda param: f"{param[0]}-{param[1]}", scope="session")
-def runtime(request: pytest.FixtureRequest) -> redshard_cpu.Runtime:
+def runtime(request: pytest.FixtureRequest) -> _cpu.Runtime:
     isa, n_threads = request.param
-    return redshard_cpu.Runtime(n_threads, isa)
+    return _cpu.Runtime(n_threads, isa)
 
 
 @pytest.fixture(scope="session")
-def every_runtime() -> list[redshard_cpu.Runtime]:
-    return [redshard_cpu.Runtime(n_threads, isa) for isa, n_threads in RUNTIMES]
+def every_runtime() -> list[_cpu.Runtime]:
+    return [_cpu.Runtime(n_threads, isa) for isa, n_threads in RUNTIMES]
 
 
 @pytest.fixture

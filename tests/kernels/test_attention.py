@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import redshard_cpu
 from support import native_ops, reference_ops
 from support.attention_cases import expected, random_cache
 from support.native_ops import Cache
+
+import redshard._cpu as _cpu
 
 PARTITION = 128  # positions; contexts around its multiples are the interesting ones
 
 
 def check(
-    runtime: redshard_cpu.Runtime,
+    runtime: _cpu.Runtime,
     rng: np.random.Generator,
     sequences: list[range],
     *,
@@ -48,14 +49,14 @@ def check(
 @pytest.mark.parametrize("context", [1, 2, 15, 16, 17, 127, 128, 129, 300, 1000])
 @pytest.mark.parametrize("group", [1, 7])
 def test_decode_at_any_context(
-    runtime: redshard_cpu.Runtime, rng: np.random.Generator, context: int, group: int
+    runtime: _cpu.Runtime, rng: np.random.Generator, context: int, group: int
 ) -> None:
     check(runtime, rng, [range(context - 1, context)], group=group)
 
 
 @pytest.mark.parametrize("group", range(1, 9))
 def test_every_number_of_query_heads_for_a_cache_head(
-    runtime: redshard_cpu.Runtime, rng: np.random.Generator, group: int
+    runtime: _cpu.Runtime, rng: np.random.Generator, group: int
 ) -> None:
     check(runtime, rng, [range(33), range(200, 201)], group=group)
 
@@ -66,30 +67,30 @@ def test_every_number_of_query_heads_for_a_cache_head(
 )
 @pytest.mark.parametrize("positions", [range(1), range(33), range(140, 150)], ids=["one", "prefill", "chunk"])
 def test_head_sizes(
-    runtime: redshard_cpu.Runtime, rng: np.random.Generator, head_dim: int, value_dim: int, positions: range
+    runtime: _cpu.Runtime, rng: np.random.Generator, head_dim: int, value_dim: int, positions: range
 ) -> None:
     check(runtime, rng, [positions], group=2, head_dim=head_dim, value_dim=value_dim)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 16, 64, 256])
-def test_block_sizes(runtime: redshard_cpu.Runtime, rng: np.random.Generator, block_size: int) -> None:
+def test_block_sizes(runtime: _cpu.Runtime, rng: np.random.Generator, block_size: int) -> None:
     check(runtime, rng, [range(260, 300), range(5)], block_size=block_size)
 
 
 @pytest.mark.parametrize("form", ["both", "values", "quants"])
 @pytest.mark.parametrize("head_dim", [64, 80])  # a block of 32 may lie across two heads
 def test_forms_of_the_output(
-    runtime: redshard_cpu.Runtime, rng: np.random.Generator, form: str, head_dim: int
+    runtime: _cpu.Runtime, rng: np.random.Generator, form: str, head_dim: int
 ) -> None:
     check(runtime, rng, [range(3), range(150, 152)], head_dim=head_dim, group=3, form=form)
 
 
-def test_mixed_step(runtime: redshard_cpu.Runtime, rng: np.random.Generator) -> None:
+def test_mixed_step(runtime: _cpu.Runtime, rng: np.random.Generator) -> None:
     sequences = [range(400, 401), range(70), range(0, 1), range(100, 180), range(127, 129), range(513, 514)]
     check(runtime, rng, sequences, group=4, n_kv_heads=2, head_dim=96)
 
 
-def test_large_scores_do_not_overflow(runtime: redshard_cpu.Runtime, rng: np.random.Generator) -> None:
+def test_large_scores_do_not_overflow(runtime: _cpu.Runtime, rng: np.random.Generator) -> None:
     cache = random_cache(rng, [300], 1, 64, 64, 16)
     q = rng.standard_normal((1, 1, 64), np.float32) * 1e4
     out = native_ops.attention(runtime, q, cache, [range(299, 300)], 1.0, form="values").float_rows()
@@ -98,7 +99,7 @@ def test_large_scores_do_not_overflow(runtime: redshard_cpu.Runtime, rng: np.ran
 
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 7), (80, 1)])
 def test_a_row_is_the_same_to_the_bit_in_any_step(
-    every_runtime: list[redshard_cpu.Runtime], rng: np.random.Generator, head_dim: int, group: int
+    every_runtime: list[_cpu.Runtime], rng: np.random.Generator, head_dim: int, group: int
 ) -> None:
     context, scale = 400, head_dim**-0.5
     cache = random_cache(rng, [context, 290], 2, head_dim, head_dim, 16)
@@ -111,7 +112,7 @@ def test_a_row_is_the_same_to_the_bit_in_any_step(
             cache: Cache,
             sequences: list[range],
             scratch: int | None = None,
-            runtime: redshard_cpu.Runtime = runtime,
+            runtime: _cpu.Runtime = runtime,
         ) -> np.ndarray:
             out = native_ops.attention(
                 runtime, q, cache, sequences, scale, form="values", scratch_bytes=scratch
@@ -141,7 +142,7 @@ def test_a_row_is_the_same_to_the_bit_in_any_step(
         np.testing.assert_array_equal(other, vector_results[0])
 
 
-def test_rows_beyond_the_step_are_left_alone(runtime: redshard_cpu.Runtime, rng: np.random.Generator) -> None:
+def test_rows_beyond_the_step_are_left_alone(runtime: _cpu.Runtime, rng: np.random.Generator) -> None:
     cache = random_cache(rng, [10], 1, 64, 64, 16)
     q = np.empty((0, 2, 64), np.float32)
     native_ops.attention(runtime, q, cache, [range(0)], 1.0).float_rows()

@@ -9,15 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import redshard_cpu
 from support.native_ops import Guarded
 
-from worker import arguments
-from worker.arguments import KERNEL_ARGUMENTS, Activation, MatmulArguments, RmsNormArguments, Step
+import redshard._cpu as _cpu
+from redshard.worker.device import arguments
+from redshard.worker.device.arguments import (
+    KERNEL_ARGUMENTS,
+    Activation,
+    MatmulArguments,
+    RmsNormArguments,
+    Step,
+)
 
 
 def test_layouts_are_those_of_the_python_declarations() -> None:
-    native = redshard_cpu.argument_layouts()
+    native = _cpu.argument_layouts()
     declared = {
         name: structure
         for name, structure in vars(arguments).items()
@@ -46,7 +52,7 @@ def norm_arguments(step: Step, x: np.ndarray, weight: np.ndarray, out: Guarded) 
 
 
 def test_unknown_kernels_and_wrong_blocks_are_refused() -> None:
-    runtime = redshard_cpu.Runtime(1)
+    runtime = _cpu.Runtime(1)
     with pytest.raises(ValueError, match="unknown kernel 'rms'"):
         runtime.launch("rms", b"")
     for name, structure in KERNEL_ARGUMENTS.items():
@@ -58,7 +64,7 @@ def test_unknown_kernels_and_wrong_blocks_are_refused() -> None:
         with pytest.raises(ValueError, match=f"^{name}: "):
             runtime.record([(name, block)])
         with pytest.raises(ValueError, match=f"^{name}: "):
-            redshard_cpu.check(name, block)
+            _cpu.check(name, block)
 
 
 @pytest.mark.parametrize("n_matrices", [0, -1, 4])
@@ -66,25 +72,25 @@ def test_number_of_matrices_is_checked(n_matrices: int) -> None:
     memory = np.zeros(64, np.float32)
     block = MatmulArguments(step=memory.ctypes.data, width=32, n_matrices=n_matrices)
     with pytest.raises(ValueError, match="1 to 3 matrices"):
-        redshard_cpu.check("matmul", bytes(block))
+        _cpu.check("matmul", bytes(block))
 
 
 def test_runtimes_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="n_threads"):
-        redshard_cpu.Runtime(0)
+        _cpu.Runtime(0)
     with pytest.raises(ValueError, match="'mmx' is not available here; these are: auto, portable"):
-        redshard_cpu.Runtime(1, "mmx")
+        _cpu.Runtime(1, "mmx")
 
 
 def test_auto_is_the_last_of_the_features() -> None:
-    assert redshard_cpu.features()[0] == "portable"
-    assert redshard_cpu.Runtime(1).isa == redshard_cpu.features()[-1]
+    assert _cpu.features()[0] == "portable"
+    assert _cpu.Runtime(1).isa == _cpu.features()[-1]
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4096, 5_000_001])
 @pytest.mark.parametrize("alignment", [1, 256, 4096, 1 << 21])
 def test_memory_is_aligned_zeroed_and_usable_to_its_end(nbytes: int, alignment: int) -> None:
-    address = redshard_cpu.allocate(nbytes, alignment)
+    address = _cpu.allocate(nbytes, alignment)
     assert address % max(alignment, 256) == 0
     memory = (
         np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8) if nbytes else np.empty(0)
@@ -92,17 +98,17 @@ def test_memory_is_aligned_zeroed_and_usable_to_its_end(nbytes: int, alignment: 
     assert not memory.any()
     if nbytes:
         ctypes.memset(address, 1, nbytes)
-    redshard_cpu.free(address)
+    _cpu.free(address)
     with pytest.raises(ValueError, match="not the address of an allocation"):
-        redshard_cpu.free(address)
+        _cpu.free(address)
 
 
 def test_memory_requests_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="power of two"):
-        redshard_cpu.allocate(8, 24)
+        _cpu.allocate(8, 24)
     for nbytes in (2**64 - 1, 2**64 - 4096, 2**62):
         with pytest.raises(MemoryError):
-            redshard_cpu.allocate(nbytes, 256)
+            _cpu.allocate(nbytes, 256)
 
 
 def test_freed_memory_goes_back_to_the_system() -> None:
@@ -110,16 +116,14 @@ def test_freed_memory_goes_back_to_the_system() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     before = resident()
-    address = redshard_cpu.allocate(64 << 20, 256)
+    address = _cpu.allocate(64 << 20, 256)
     ctypes.memset(address, 1, 64 << 20)
     assert resident() - before > 60 << 20
-    redshard_cpu.free(address)
+    _cpu.free(address)
     assert resident() - before < 8 << 20
 
 
-def test_a_graph_reads_the_step_when_it_is_replayed(
-    runtime: redshard_cpu.Runtime, rng: np.random.Generator
-) -> None:
+def test_a_graph_reads_the_step_when_it_is_replayed(runtime: _cpu.Runtime, rng: np.random.Generator) -> None:
     x, weight = rng.standard_normal((300, 64), np.float32), np.ones(64, np.float32)
     once, twice = Guarded((300, 64)), Guarded((300, 64))
     step = Step(0, 0, 0, 0)
@@ -139,13 +143,13 @@ def test_a_graph_reads_the_step_when_it_is_replayed(
 def test_a_graph_keeps_its_runtime() -> None:
     x, weight, out = np.ones((1, 32), np.float32), np.ones(32, np.float32), Guarded((1, 32))
     step = Step(1, 1, 0, 0)
-    graph = redshard_cpu.Runtime(2).record([("rms_norm", bytes(norm_arguments(step, x, weight, out)))])
+    graph = _cpu.Runtime(2).record([("rms_norm", bytes(norm_arguments(step, x, weight, out)))])
     graph.replay()
     np.testing.assert_allclose(out.checked(), 1, rtol=1e-5)
 
 
 def test_many_small_loops_from_several_python_threads(rng: np.random.Generator) -> None:
-    runtime = redshard_cpu.Runtime(3)
+    runtime = _cpu.Runtime(3)
     x, weight = rng.standard_normal((600, 32), np.float32), np.ones(32, np.float32)
     step = Step(600, 1, 0, 0)
     outs = [Guarded(x.shape) for _ in range(3)]
@@ -167,7 +171,7 @@ def test_many_small_loops_from_several_python_threads(rng: np.random.Generator) 
 
 
 def test_idle_threads_use_no_time() -> None:
-    runtime = redshard_cpu.Runtime(4)
+    runtime = _cpu.Runtime(4)
     x, weight = np.ones((600, 32), np.float32), np.ones(32, np.float32)
     out, step = Guarded(x.shape), Step(600, 1, 0, 0)
     runtime.launch("rms_norm", bytes(norm_arguments(step, x, weight, out)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-import redshard_cpu
 from support import native_ops, reference_ops
 from support.gguf_models import random_blocks
 
-from loader.quant_types import QuantType
+import redshard._cpu as _cpu
+from redshard.loader.gguf.quant_types import QuantType
 
 SUPPORTED = [
     QuantType.F32,
@@ -24,9 +24,7 @@ SUPPORTED = [
 
 @pytest.mark.parametrize("quant_type", SUPPORTED, ids=lambda t: t.name)
 @pytest.mark.parametrize("n_tokens", [1, 33])
-def test_embed(
-    runtime: redshard_cpu.Runtime, rng: np.random.Generator, quant_type: QuantType, n_tokens: int
-) -> None:
+def test_embed(runtime: _cpu.Runtime, rng: np.random.Generator, quant_type: QuantType, n_tokens: int) -> None:
     n_vocab, width = 57, 3 * quant_type.block_elements if quant_type.block_elements > 1 else 67
     blocks = np.ascontiguousarray(random_blocks(rng, quant_type, (n_vocab, width), 1.0))
     table = gguf.dequantize(blocks, gguf.GGMLQuantizationType(quant_type.ggml_id)).reshape(n_vocab, width)
@@ -35,7 +33,7 @@ def test_embed(
     np.testing.assert_allclose(out, reference_ops.embed(table, token_ids, 1.5), rtol=1e-6, atol=1e-7)
 
 
-def test_embed_gives_zeros_for_ids_outside_the_table(runtime: redshard_cpu.Runtime) -> None:
+def test_embed_gives_zeros_for_ids_outside_the_table(runtime: _cpu.Runtime) -> None:
     table = np.ones((3, 8), np.float32)
     token_ids = np.array([-1, 3, 2, 2**31 - 1], np.int32)
     out = native_ops.embed(runtime, table.view(np.uint8), QuantType.F32.ggml_id, 8, token_ids, 1.0)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 import pytest
-import redshard_cpu
 from support.gguf_models import random_blocks
 
-from loader.quant_types import QuantType
-from worker.arguments import Activation, MatmulArguments, Matrix, Step, SwigluArguments
+import redshard._cpu as _cpu
+from redshard.loader.gguf.quant_types import QuantType
+from redshard.worker.device.arguments import Activation, MatmulArguments, Matrix, Step, SwigluArguments
 
 FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]
 #: Where the codes are in a block of each quantized type.
@@ -29,7 +29,7 @@ CODE_BYTES = {
 }
 BLOCK_TYPES = list(CODE_BYTES)
 TYPES = FLOAT_TYPES + BLOCK_TYPES
-ISAS = redshard_cpu.features()
+ISAS = _cpu.features()
 POISON = np.float32(1e30)
 GUARD = 64  # elements before and behind every output
 
@@ -124,7 +124,7 @@ class Guarded:
 
 
 def matmul(
-    runtime: redshard_cpu.Runtime,
+    runtime: _cpu.Runtime,
     x: QuantizedRows,
     matrices: Sequence[Weights],
     *,
@@ -163,8 +163,8 @@ def width_of(quant_type: QuantType, width: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def runtimes() -> dict[tuple[str, int], redshard_cpu.Runtime]:
-    return {(isa, n): redshard_cpu.Runtime(n, isa) for isa in ISAS for n in (1, 2, 3)}
+def runtimes() -> dict[tuple[str, int], _cpu.Runtime]:
+    return {(isa, n): _cpu.Runtime(n, isa) for isa in ISAS for n in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda t: t.name)
@@ -270,7 +270,7 @@ def test_a_step_without_rows_writes_nothing(runtimes, rng) -> None:
 
 
 def swiglu(
-    runtime: redshard_cpu.Runtime, x: QuantizedRows, gate: Weights, up: Weights, quantized: bool
+    runtime: _cpu.Runtime, x: QuantizedRows, gate: Weights, up: Weights, quantized: bool
 ) -> list[np.ndarray]:
     """[values] or [values, quants, scales, sums]."""
     rows, hidden = len(x.values), gate.n_rows

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import redshard_cpu
 from support import native_ops, reference_ops
 from support.native_ops import Guarded
+
+import redshard._cpu as _cpu
 
 MAX_POSITIONS = 50
 
@@ -24,7 +25,7 @@ def random_angles(rng: np.random.Generator, n_rot: int) -> np.ndarray:
 )
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "n_tokens"), [(1, 1, 1), (6, 2, 33)])
 def test_rope_store(
-    runtime: redshard_cpu.Runtime,
+    runtime: _cpu.Runtime,
     rng: np.random.Generator,
     head_dim: int,
     value_dim: int,
@@ -75,7 +76,7 @@ def test_rope_store(
         assert np.isnan(cache).sum() == cache.size - n_tokens * n_kv_heads * cache.shape[3]
 
 
-def test_every_float16_is_reached_and_rounded_to_nearest_even(runtime: redshard_cpu.Runtime) -> None:
+def test_every_float16_is_reached_and_rounded_to_nearest_even(runtime: _cpu.Runtime) -> None:
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     between = (halves[:-1] + halves[1:]) / 2
     beyond = np.array([65519.99, 65520, 1e9, np.inf, np.nan], np.float32)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import redshard_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import native_ops, reference_ops
 from support.reference_ops import Sampling
+
+import redshard._cpu as _cpu
 
 N_VOCABS = [1, 2, 17, 4095, 4096, 4097, 151_936]
 
@@ -23,9 +24,7 @@ def draws(row: dict[str, float], n: int) -> list[Sampling]:
 
 @pytest.mark.parametrize("n_vocab", N_VOCABS)
 @pytest.mark.parametrize("n", [1, 5])
-def test_greedy_and_logprobs(
-    runtime: redshard_cpu.Runtime, rng: np.random.Generator, n_vocab: int, n: int
-) -> None:
+def test_greedy_and_logprobs(runtime: _cpu.Runtime, rng: np.random.Generator, n_vocab: int, n: int) -> None:
     logits = random_logits(rng, n, n_vocab)
     out = native_ops.sample(runtime, logits, [Sampling()] * n, n_top=min(5, n_vocab))
     np.testing.assert_array_equal(out.tokens, logits.argmax(axis=1))
@@ -37,7 +36,7 @@ def test_greedy_and_logprobs(
         np.testing.assert_allclose(out.top_logprobs[row], expected[best], rtol=2e-6, atol=2e-6)
 
 
-def test_ties_go_to_the_lowest_id(runtime: redshard_cpu.Runtime) -> None:
+def test_ties_go_to_the_lowest_id(runtime: _cpu.Runtime) -> None:
     logits = np.zeros((2, 10_000), np.float32)
     logits[1, [4097, 9000]] = 5
     out = native_ops.sample(runtime, logits, [Sampling(), Sampling()], n_top=3)
@@ -45,7 +44,7 @@ def test_ties_go_to_the_lowest_id(runtime: redshard_cpu.Runtime) -> None:
     np.testing.assert_array_equal(out.top_tokens, [[0, 1, 2], [4097, 9000, 0]])
 
 
-def test_more_top_tokens_wanted_than_there_are(runtime: redshard_cpu.Runtime) -> None:
+def test_more_top_tokens_wanted_than_there_are(runtime: _cpu.Runtime) -> None:
     out = native_ops.sample(runtime, np.array([[1.0, 2.0]], np.float32), [Sampling()], n_top=4)
     np.testing.assert_array_equal(out.top_tokens, [[1, 0, -1, -1]])
     assert (out.top_logprobs[0, 2:] == -np.inf).all()
@@ -69,7 +68,7 @@ FILTERS = {
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize(("n_vocab", "spread"), [(3, 1.0), (500, 2.0), (9000, 0.1), (9000, 8.0)])
 def test_draws_are_the_reference_draws(
-    runtime: redshard_cpu.Runtime, rng: np.random.Generator, name: str, n_vocab: int, spread: float
+    runtime: _cpu.Runtime, rng: np.random.Generator, name: str, n_vocab: int, spread: float
 ) -> None:
     n = 8
     logits = random_logits(rng, n, n_vocab, spread)
@@ -91,7 +90,7 @@ def assert_drawn(token: int, logits: np.ndarray, sampling: Sampling) -> None:
     assert cumulated[token] - probabilities[token] - 1e-4 <= random <= cumulated[token] + 1e-4
 
 
-def test_frequencies_follow_the_distribution(runtime: redshard_cpu.Runtime, rng: np.random.Generator) -> None:
+def test_frequencies_follow_the_distribution(runtime: _cpu.Runtime, rng: np.random.Generator) -> None:
     n = 20_000
     row = random_logits(rng, 1, 12, 1.0)
     sampling = {"temperature": 0.75, "top_k": 8}
@@ -104,7 +103,7 @@ def test_frequencies_follow_the_distribution(runtime: redshard_cpu.Runtime, rng:
 
 
 def test_seed_and_draw_fix_the_token_in_any_batch(
-    every_runtime: list[redshard_cpu.Runtime], rng: np.random.Generator
+    every_runtime: list[_cpu.Runtime], rng: np.random.Generator
 ) -> None:
     n, n_vocab = 9, 20_000
     logits = random_logits(rng, n, n_vocab)
@@ -124,7 +123,7 @@ def test_seed_and_draw_fix_the_token_in_any_batch(
             assert alone.logprobs[0] == together.logprobs[i]
 
 
-def test_penalties_and_bias(runtime: redshard_cpu.Runtime, rng: np.random.Generator) -> None:
+def test_penalties_and_bias(runtime: _cpu.Runtime, rng: np.random.Generator) -> None:
     n, n_vocab = 30, 6000
     logits = random_logits(rng, n, n_vocab, 1.0)
     rows = []
@@ -154,14 +153,14 @@ def test_penalties_and_bias(runtime: redshard_cpu.Runtime, rng: np.random.Genera
         np.testing.assert_allclose(out.logprobs[row], raw[out.tokens[row]], rtol=3e-6, atol=3e-6)
 
 
-def test_adjustments_outside_the_vocabulary_are_ignored(runtime: redshard_cpu.Runtime) -> None:
+def test_adjustments_outside_the_vocabulary_are_ignored(runtime: _cpu.Runtime) -> None:
     row = Sampling(adjustments=[(-1, 1, 1, 100.0), (3, 1, 1, 100.0)])
     assert native_ops.sample(runtime, np.array([[1, 3, 2]], np.float32), [row]).tokens[0] == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, np.nan])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, np.nan])
-def test_logits_that_are_not_finite(runtime: redshard_cpu.Runtime, temperature: float, top_p: float) -> None:
+def test_logits_that_are_not_finite(runtime: _cpu.Runtime, temperature: float, top_p: float) -> None:
     n_vocab = 5000
     logits = np.full((5, n_vocab), -1.0, np.float32)
     logits[0] = np.nan
@@ -200,6 +199,6 @@ def test_any_input_gives_a_token(
     seed: int,
 ) -> None:
     row = Sampling(seed, 0, temperature, top_k, top_p, min_p, *penalties, adjustments=[(0, 1, 1, 0.0)])
-    runtime = redshard_cpu.Runtime(1)
+    runtime = _cpu.Runtime(1)
     out = native_ops.sample(runtime, np.array([logits], np.float32), [row], n_top=3)
     assert 0 <= out.tokens[0] < len(logits)

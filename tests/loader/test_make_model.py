@@ -11,9 +11,9 @@ import pytest
 from benchmarks.make_model import SHAPES, choose_types, llama3_freq_factors, make_model
 from support.gguf_models import random_blocks, tiny_config
 
-from loader.gguf_file import GGUFFile
-from loader.model_config import ModelConfig, ModelTensors
-from loader.quant_types import QuantType
+from redshard.loader.gguf.gguf_file import GGUFFile
+from redshard.loader.gguf.quant_types import QuantType
+from redshard.loader.model.model_config import ModelConfig, ModelTensors
 
 
 @pytest.mark.parametrize(

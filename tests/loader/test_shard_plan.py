@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.gguf_models import tiny_config, write_model
 
-from loader.gguf_file import GGUFFile
-from loader.model_config import ModelTensors
-from loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, parse_gpus, plan_shards
-from loader.units import format_bytes
+from redshard.loader.gguf.gguf_file import GGUFFile
+from redshard.loader.model.model_config import ModelTensors
+from redshard.loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, parse_gpus, plan_shards
+from redshard.loader.units import format_bytes
 
 GIB = 1 << 30
 

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 from support.reference_ops import Quantized
 
-from loader.quant_types import QuantType
+from redshard.loader.gguf.quant_types import QuantType
 
 #: Types of weights that GPUs have kernels for.
 FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from support.stages import relative_error
 
-from loader.quant_types import QuantType
+from redshard.loader.gguf.quant_types import QuantType
 
 _ROOT = Path(__file__).parents[2]
 OWN_KIT = _ROOT / "tests" / "data" / "conformance"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from worker.device.base import Device, DeviceError, DeviceProperties, Event, Graph, HostBuffer
+from redshard.worker.device.base import Device, DeviceError, DeviceProperties, Event, Graph, HostBuffer
 
 ALIGNMENT = 256
 #: The rest of a larger allocation is not touched, so that it may be larger than this machine's memory.

@@ -9,13 +9,13 @@ import numpy as np
 import ray
 from support.fake_worker import FakeStage
 
-from cluster.stage_actor import DeviceReport, StageActor, place_name
-from worker.configuration import WorkerConfiguration
-from worker.device.choose import DeviceKind
-from worker.forward import StagePart
-from worker.handoff import HandoffType
-from worker.step_batch import StepBatch, StepResult
-from worker.step_inputs import StepLimits
+from redshard.cluster.pipeline.stage_actor import DeviceReport, StageActor, place_name
+from redshard.worker.configuration import WorkerConfiguration
+from redshard.worker.device.choose import DeviceKind
+from redshard.worker.model.forward import StagePart
+from redshard.worker.model.handoff import HandoffType
+from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_inputs import StepLimits
 
 
 class FakeStageActor(StageActor):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from worker.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_batch import StepBatch, StepResult
 
 N_VOCAB = 64
 _PRIME = 1048573

@@ -11,8 +11,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from loader.model_config import ARCHITECTURES, ModelConfig, RopeConfig
-from loader.quant_types import QuantType
+from redshard.loader.gguf.quant_types import QuantType
+from redshard.loader.model.model_config import ARCHITECTURES, ModelConfig, RopeConfig
 
 #: A tensor's name and numpy shape -> the type to store it in. Vectors are always F32.
 TypeChooser = Callable[[str, tuple[int, ...]], QuantType]

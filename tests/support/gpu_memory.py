@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from support.reference_ops import Quantized
 
-from loader.quant_types import QuantType
-from worker.arguments import Activation, Matrix, Step
-from worker.device.base import BlockRun, Device
+from redshard.loader.gguf.quant_types import QuantType
+from redshard.worker.device.arguments import Activation, Matrix, Step
+from redshard.worker.device.base import BlockRun, Device
 
 _ALIGNMENT = 256
 _GUARD = 256

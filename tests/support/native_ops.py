@@ -1,4 +1,4 @@
-"""The operations of `redshard_cpu` on numpy arrays, into poisoned outputs between guard zones."""
+"""The operations of `redshard._cpu` on numpy arrays, into poisoned outputs between guard zones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import redshard_cpu
 from support.reference_ops import QUANT_BLOCK, Quantized, Sampling
 
-from worker.arguments import (
+import redshard._cpu as _cpu
+from redshard.worker.device.arguments import (
     Activation,
     Adjustment,
     AttentionArguments,
@@ -97,7 +97,7 @@ def _address(array: np.ndarray | None) -> int:
 
 
 def embed(
-    runtime: redshard_cpu.Runtime,
+    runtime: _cpu.Runtime,
     blocks: np.ndarray,
     ggml_type: int,
     width: int,
@@ -116,7 +116,7 @@ def embed(
 
 
 def rms_norm(
-    runtime: redshard_cpu.Runtime,
+    runtime: _cpu.Runtime,
     x: np.ndarray,
     weight: np.ndarray,
     eps: float,
@@ -135,7 +135,7 @@ def rms_norm(
 
 
 def rope_store(
-    runtime: redshard_cpu.Runtime,
+    runtime: _cpu.Runtime,
     q: Guarded,
     k: np.ndarray,
     v: np.ndarray,
@@ -197,7 +197,7 @@ class Cache:
 
 
 def attention(
-    runtime: redshard_cpu.Runtime,
+    runtime: _cpu.Runtime,
     q: np.ndarray,
     cache: Cache,
     sequences: Sequence[Sequence[int]],
@@ -214,7 +214,7 @@ def attention(
     starts = np.cumsum([0, *(len(positions) for positions in sequences)], dtype=np.int32)
     if scratch_bytes is None:
         context = int(positions.max(initial=0)) + 1
-        scratch_bytes = redshard_cpu.attention_scratch_bytes(n_tokens, n_heads, value_dim, context)
+        scratch_bytes = _cpu.attention_scratch_bytes(n_tokens, n_heads, value_dim, context)
     scratch = Guarded((scratch_bytes // 4,))
     step = Step(n_tokens, len(sequences), 0, 0)
     out = Output.make(n_tokens, n_heads * value_dim, form)
@@ -254,9 +254,7 @@ class Sampled:
     top_logprobs: np.ndarray
 
 
-def sample(
-    runtime: redshard_cpu.Runtime, logits: np.ndarray, rows: Sequence[Sampling], n_top: int = 0
-) -> Sampled:
+def sample(runtime: _cpu.Runtime, logits: np.ndarray, rows: Sequence[Sampling], n_top: int = 0) -> Sampled:
     """One token for each row of logits float32 (n, n_vocab), which are left as they are."""
     n, n_vocab = logits.shape
     own_logits = Guarded.holding(logits)

@@ -1,4 +1,4 @@
-"""Every operation of `worker.arguments.KERNEL_ARGUMENTS` in numpy, in float64 except where bits are promised.
+"""Every operation of `KERNEL_ARGUMENTS` in numpy, in float64 except where bits are promised.
 
 Shapes and meanings are those of kernels/common/arguments.h; functions see whole arrays, no step, no pointers.
 """

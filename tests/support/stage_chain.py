@@ -13,14 +13,14 @@ from typing import Any
 
 from support.stage_process import StageProcess, connect
 
-from cluster.stage_actor import StageActor
-from cluster.wire import decode_batch, decode_result, encode_batch
-from worker.configuration import Deadlines, WorkerConfiguration
-from worker.device.base import DeviceError
-from worker.device.gpu import GpuDevice
-from worker.forward import StagePart
-from worker.step_batch import StepBatch, StepResult
-from worker.step_inputs import StepLimits
+from redshard.cluster.pipeline.stage_actor import StageActor
+from redshard.cluster.pipeline.wire import decode_batch, decode_result, encode_batch
+from redshard.worker.configuration import Deadlines, WorkerConfiguration
+from redshard.worker.device.base import DeviceError
+from redshard.worker.device.gpu import GpuDevice
+from redshard.worker.model.forward import StagePart
+from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_inputs import StepLimits
 
 CONFIGURATION = WorkerConfiguration(deadlines=Deadlines(allocate_s=20, copy_s=20, step_s=20))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cluster.stage_actor import StageActor
+from redshard.cluster.pipeline.stage_actor import StageActor
 
 #: Seconds that a call may take.
 CALL_S = 60.0

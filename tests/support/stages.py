@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from loader.gguf_file import GGUFFile
-from loader.model_config import ModelConfig
-from worker.device.base import Device
-from worker.device.choose import open_device
-from worker.forward import StagePart
-from worker.step_batch import StepBatch, StepResult
-from worker.step_inputs import StepLimits
-from worker.worker import Worker
+from redshard.loader.gguf.gguf_file import GGUFFile
+from redshard.loader.model.model_config import ModelConfig
+from redshard.worker.device.base import Device
+from redshard.worker.device.choose import open_device
+from redshard.worker.model.forward import StagePart
+from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.worker import Worker
 
 LIMITS = StepLimits(
     max_tokens=128, max_sequences=8, max_outputs=128, max_context=256, n_kv_blocks=1024, block_size=16

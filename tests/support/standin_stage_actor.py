@@ -8,9 +8,9 @@ from pathlib import Path
 import ray
 from support import standin
 
-from cluster.stage_actor import StageActor
-from worker.configuration import WorkerConfiguration
-from worker.device.choose import DeviceKind
+from redshard.cluster.pipeline.stage_actor import StageActor
+from redshard.worker.configuration import WorkerConfiguration
+from redshard.worker.device.choose import DeviceKind
 
 
 def standin_stage_actor(trouble: Path) -> type[StageActor]:

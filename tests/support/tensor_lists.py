@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loader.quant_types import QuantType
+from redshard.loader.gguf.quant_types import QuantType
 
 
 def transformer_tensors(

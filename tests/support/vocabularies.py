@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from loader.subword_models import byte_alphabet
-from loader.vocabulary import TokenType
+from redshard.loader.tokenizer.subword_models import byte_alphabet
+from redshard.loader.tokenizer.vocabulary import TokenType
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (int(kind) for kind in TokenType)
 ALPHABET = byte_alphabet()

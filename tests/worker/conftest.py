@@ -10,9 +10,9 @@ import pytest
 from support import standin
 from support.gpu_memory import GpuMemory
 
-from worker.device.base import DeviceError
-from worker.device.choose import open_device
-from worker.device.gpu import GpuDevice
+from redshard.worker.device.base import DeviceError
+from redshard.worker.device.choose import open_device
+from redshard.worker.device.gpu import GpuDevice
 
 #: Kinds of GPU; those on the stand-in by architecture: with 32 and with 64 lanes a wave.
 GPUS = ["gfx1100", "gfx942", "cuda"]

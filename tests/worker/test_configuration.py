@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from worker.configuration import WorkerConfiguration
+from redshard.worker.configuration import WorkerConfiguration
 
 
 def test_defaults():

@@ -15,18 +15,18 @@ import pytest
 from support.gguf_models import tiny_config, write_model
 from support.stages import LIMITS, split
 
-from loader.gguf_file import GGUFError
-from loader.quant_types import QuantType
-from worker.configuration import PoolSettings, WorkerConfiguration
-from worker.device.base import DeviceError
-from worker.device.choose import open_device
-from worker.forward import StagePart
-from worker.gpu_worker import GpuWorker
-from worker.packing import PoolError
-from worker.step_batch import StepBatch, StepResult
-from worker.step_inputs import StepLimits
-from worker.step_memory import step_bytes
-from worker.worker import Worker
+from redshard.loader.gguf.gguf_file import GGUFError
+from redshard.loader.gguf.quant_types import QuantType
+from redshard.worker.configuration import PoolSettings, WorkerConfiguration
+from redshard.worker.device.base import DeviceError
+from redshard.worker.device.choose import open_device
+from redshard.worker.gpu_worker import GpuWorker
+from redshard.worker.memory.packing import PoolError
+from redshard.worker.model.forward import StagePart
+from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.model.step_memory import step_bytes
+from redshard.worker.worker import Worker
 
 CONFIG = tiny_config("qwen3", n_layers=3)
 WHOLE = StagePart(range(3), is_first=True, is_last=True)

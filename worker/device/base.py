@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loader.quant_types import QuantType
+from redshard.loader.gguf.quant_types import QuantType
 
 
 class DeviceError(RuntimeError):

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Literal
 
-from worker.device.base import Device, DeviceError
-from worker.device.cpu import CpuDevice
-from worker.device.gpu import GpuDevice
+from redshard.worker.device.base import Device, DeviceError
+from redshard.worker.device.cpu import CpuDevice
+from redshard.worker.device.gpu import GpuDevice
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,10 @@ def open_gpu(kind: GpuKind, ordinal: int = 0) -> GpuDevice:
     """
     try:
         if kind == "hip":
-            from worker.device.hip import HipDevice
+            from redshard.worker.device.hip import HipDevice
 
             return HipDevice(ordinal)
-        from worker.device.cuda import CudaDevice
+        from redshard.worker.device.cuda import CudaDevice
 
         return CudaDevice(ordinal)
     except ImportError as error:
@@ -70,10 +70,10 @@ def gpu_count(kind: GpuKind) -> int:
     """
     try:
         if kind == "hip":
-            from worker.device.hip import hip_device_count
+            from redshard.worker.device.hip import hip_device_count
 
             return hip_device_count()
-        from worker.device.cuda import cuda_device_count
+        from redshard.worker.device.cuda import cuda_device_count
 
         return cuda_device_count()
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The CPU device: host memory and the native kernels of `redshard_cpu`; calls return when they are done."""
+"""The CPU device: host memory and the native kernels of `redshard._cpu`; calls return when they are done."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
-import redshard_cpu
 
-from worker.arguments import KERNEL_ARGUMENTS
-from worker.device.base import Device, DeviceError, DeviceProperties, Event, Graph, HostBuffer
-from worker.device.cgroup import available_memory, cpu_limit, memory_limit
+import redshard._cpu as _cpu
+from redshard.worker.device.arguments import KERNEL_ARGUMENTS
+from redshard.worker.device.base import Device, DeviceError, DeviceProperties, Event, Graph, HostBuffer
+from redshard.worker.device.cgroup import available_memory, cpu_limit, memory_limit
 
 _ALIGNMENT = 4096
 
@@ -41,8 +41,8 @@ class CpuEvent(Event):
 class CpuGraph(Graph):
     """Operations recorded in native code."""
 
-    def __init__(self, graph: redshard_cpu.Graph) -> None:
-        self._graph: redshard_cpu.Graph | None = graph
+    def __init__(self, graph: _cpu.Graph) -> None:
+        self._graph: _cpu.Graph | None = graph
 
     def replay(self) -> None:
         if self._graph is None:
@@ -59,7 +59,7 @@ class CpuDevice(Device):
     Args:
         n_threads: threads that run kernels; by default one for each CPU that this process may use.
         isa: instruction set of the kernels: "auto" for the best that works here, or a name out of
-            `redshard_cpu.features()`.
+            `redshard._cpu.features()`.
 
     Raises:
         DeviceError: a number of threads below 1, or an instruction set that does not work here.
@@ -69,7 +69,7 @@ class CpuDevice(Device):
 
     def __init__(self, n_threads: int | None = None, isa: str = "auto") -> None:
         try:
-            self._runtime = redshard_cpu.Runtime(usable_cpus() if n_threads is None else n_threads, isa)
+            self._runtime = _cpu.Runtime(usable_cpus() if n_threads is None else n_threads, isa)
         except ValueError as error:
             raise DeviceError(f"CPU device: {error}") from None
         self.properties = DeviceProperties(
@@ -79,7 +79,7 @@ class CpuDevice(Device):
             wave_size=1,
             lds_bytes=0,
             total_memory=self.memory_info()[1],
-            features=frozenset(redshard_cpu.features()),
+            features=frozenset(_cpu.features()),
         )
         self._allocations: set[int] = set()
         self._recording: list[tuple[str, bytes]] | None = None
@@ -100,7 +100,7 @@ class CpuDevice(Device):
         if nbytes < 0 or nbytes > free:
             raise DeviceError(f"allocate({nbytes}) on the CPU: {free} bytes are free")
         try:
-            address: int = redshard_cpu.allocate(nbytes, _ALIGNMENT)
+            address: int = _cpu.allocate(nbytes, _ALIGNMENT)
         except MemoryError:
             raise DeviceError(f"allocate({nbytes}) on the CPU: refused, with {free} bytes free") from None
         self._allocations.add(address)
@@ -110,7 +110,7 @@ class CpuDevice(Device):
         if address not in self._allocations:
             raise DeviceError(f"free({address:#x}) on the CPU: not an allocation of this device")
         self._allocations.remove(address)
-        redshard_cpu.free(address)
+        _cpu.free(address)
 
     def allocate_host(self, nbytes: int) -> HostBuffer:
         try:
@@ -150,7 +150,7 @@ class CpuDevice(Device):
         self._run(kernel, arguments)
 
     def scratch_bytes(self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
-        return redshard_cpu.attention_scratch_bytes(rows, n_heads, value_dim, max_context)
+        return _cpu.attention_scratch_bytes(rows, n_heads, value_dim, max_context)
 
     def begin_recording(self) -> None:
         if self._recording is not None:
@@ -174,7 +174,7 @@ class CpuDevice(Device):
             if self._recording is None:
                 self._runtime.launch(operation, block)
             else:
-                redshard_cpu.check(operation, block)
+                _cpu.check(operation, block)
                 self._recording.append((operation, block))
         except ValueError as error:
             raise DeviceError(f"CPU device: {error}") from None

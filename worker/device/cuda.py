@@ -11,9 +11,9 @@ from typing import Any
 
 from cuda.bindings import driver, nvrtc
 
-from worker.device.base import DeviceError, DeviceProperties
-from worker.device.gpu import Direction, Driver, GpuDevice
-from worker.kernel_set import Launch
+from redshard.worker.device.base import DeviceError, DeviceProperties
+from redshard.worker.device.gpu import Direction, Driver, GpuDevice
+from redshard.worker.device.kernel_set import Launch
 
 _HINTS = {
     "CUDA_ERROR_OUT_OF_MEMORY": "use a shorter context, a smaller cache or more GPUs",

@@ -19,9 +19,24 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from worker.device.base import BlockRun, Device, DeviceError, DeviceProperties, Event, Graph, HostBuffer
-from worker.kernel_set import PLANES, KernelSet, Launch, attention_scratch_bytes, launches, split_planes
-from worker.watchdog import Watchdog
+from redshard.worker.device.base import (
+    BlockRun,
+    Device,
+    DeviceError,
+    DeviceProperties,
+    Event,
+    Graph,
+    HostBuffer,
+)
+from redshard.worker.device.kernel_set import (
+    PLANES,
+    KernelSet,
+    Launch,
+    attention_scratch_bytes,
+    launches,
+    split_planes,
+)
+from redshard.worker.device.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

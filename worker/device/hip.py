@@ -11,9 +11,9 @@ from typing import Any
 
 from hip import hip, hiprtc
 
-from worker.device.base import DeviceError, DeviceProperties
-from worker.device.gpu import Direction, Driver, GpuDevice
-from worker.kernel_set import Launch
+from redshard.worker.device.base import DeviceError, DeviceProperties
+from redshard.worker.device.gpu import Direction, Driver, GpuDevice
+from redshard.worker.device.kernel_set import Launch
 
 _HINTS = {
     "hipErrorOutOfMemory": "use a shorter context, a smaller cache or more GPUs",

@@ -1,0 +1,1 @@
+"""The Python client: prompts in, completions out."""

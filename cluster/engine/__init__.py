@@ -1,0 +1,1 @@
+"""Requests in, steps out, tokens in, text out: scheduling and the run loop. Knows no Ray."""

@@ -1,0 +1,408 @@
+"""Which tokens of which sequences run in the next step: continuous batching over a paged cache. Knows no Ray.
+
+Every stage runs the steps in the order in which they were made, so a sequence's prompt chunks may follow each
+other through the pipeline, and a block that is given back may be handed out at once: the steps that still
+write to it come before those of its next owner.
+
+Iteration-level scheduling is Orca's (Yu et al., OSDI 2022), paged blocks and preemption by recomputation are
+vLLM's (Kwon et al., SOSP 2023), chunked prefill is Sarathi's (Agrawal et al., 2023).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from redshard.cluster.engine.blocks import BlockManager
+from redshard.cluster.engine.sequence import Sequence
+from redshard.cluster.errors import ParameterError
+from redshard.worker.model.step_batch import ADJUSTMENT_DTYPE, SAMPLING_ROW_DTYPE, StepBatch, StepResult
+
+#: Times in a row that workers may die over a sequence's steps before it is given up. The last time it runs
+#: alone, so that it takes no other with it.
+MAX_DEATHS = 3
+
+_ADJUSTMENT_BYTES = np.dtype((np.void, ADJUSTMENT_DTYPE.itemsize))
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What the workers have room for.
+
+    Attributes:
+        n_blocks: blocks of the cache, of `block_size` tokens each.
+        max_context: tokens a sequence may have.
+        max_sequences: sequences that may run at once.
+        max_step_tokens: tokens of one step; more than `max_sequences`, so that prompts always get on.
+        max_step_outputs: rows of one step whose logits are wanted.
+        n_micro_batches: steps in flight at once, and parts into which the generating sequences are split.
+    """
+
+    n_blocks: int
+    block_size: int
+    max_context: int
+    max_sequences: int
+    max_step_tokens: int
+    max_step_outputs: int
+    n_micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_step_tokens <= self.max_sequences:
+            raise ParameterError(
+                f"max_step_tokens ({self.max_step_tokens}) must exceed max_sequences ({self.max_sequences}), "
+                "or prompts would never get on beside sequences that generate"
+            )
+        if self.max_step_outputs < self.max_sequences:
+            raise ParameterError(
+                f"max_step_outputs ({self.max_step_outputs}) must be at least max_sequences "
+                f"({self.max_sequences})"
+            )
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that can run: the context, or the whole cache if that holds less."""
+        return min(self.max_context, self.n_blocks * self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens start .. end - 1 of a sequence, as part of a step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    epoch: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step gives the sequence its next token."""
+        return self.end == len(self.sequence.tokens) and not self.sequence.wants_logits
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """A sequence's next token. `top`: (token, logprob) of the most probable; `finish_reason`: why it ends."""
+
+    sequence: Sequence
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsOutput:
+    """Logits of positions start .. start + n - 1, float32 (n, n_vocab)."""
+
+    sequence: Sequence
+    start: int
+    logits: np.ndarray
+    finished: bool
+
+
+class Scheduler:
+    """Makes steps out of sequences and gives the sequences their tokens."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.blocks = BlockManager(limits.n_blocks)
+        self.waiting: deque[Sequence] = deque()  # in order of arrival, all after those running
+        self.running: list[Sequence] = []  # in order of arrival
+        self.in_flight: dict[
+            int, tuple[list[Chunk], list[Chunk]]
+        ] = {}  # step -> all chunks, those that sample
+        self._sequences: dict[str, Sequence] = {}
+        self._suspects: deque[Sequence] = deque()  # one death away from being given up
+        self._next_step = 0
+        self._free_slots = list(range(limits.max_sequences - 1, -1, -1))
+        width = -(-limits.max_length // limits.block_size)
+        self._tables = np.full((limits.max_sequences, width), -1, np.int32)
+        self._rows = np.zeros(limits.max_sequences, SAMPLING_ROW_DTYPE)
+
+    @property
+    def n_unfinished(self) -> int:
+        """Sequences that wait or run."""
+        return len(self._sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        limit = self.limits.max_length + (1 if sequence.wants_logits else 0)
+        if not 1 <= sequence.n_prompt < limit:
+            raise ParameterError(f"a prompt must have 1 to {limit - 1} tokens, not {sequence.n_prompt}")
+        if sequence.request_id in self._sequences:
+            raise ParameterError(f"request {sequence.request_id!r} is already there")
+        sequence.max_length = min(sequence.max_length, self.limits.max_length)
+        self._sequences[sequence.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a sequence, wherever it is; False when it is not there (any more)."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
+        self._finish(sequence)
+        return True
+
+    def schedule(self) -> StepBatch | None:
+        """The next step, or None when as many as may are in flight or no sequence has a token to run."""
+        if len(self.in_flight) >= self.limits.n_micro_batches:
+            return None
+        if suspect := self._first_suspect():
+            return self._dispatch(chunks) if (chunks := self._chunk_of_suspect(suspect)) else None
+        chunks = self._decode_chunks()
+        chunks += self._prefill_chunks(self.limits.max_step_tokens - len(chunks))
+        chunks = self._logits_chunk() or chunks
+        return self._dispatch(chunks) if chunks else None
+
+    def complete(self, result: StepResult) -> list[TokenOutput | LogitsOutput]:
+        """Give the sequences of a step their tokens; those that end give back their blocks.
+
+        Sequences that were aborted or preempted since are passed over.
+        """
+        chunks, sampled = self.in_flight.pop(result.step_id)
+        for chunk in chunks:
+            if chunk.epoch == chunk.sequence.epoch:
+                chunk.sequence.survive(chunk.end)
+        if result.logits is not None:
+            return self._complete_logits(chunks[0], result.logits)
+        outputs: list[TokenOutput | LogitsOutput] = []
+        tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
+        for row, chunk in enumerate(sampled):
+            sequence = chunk.sequence
+            if chunk.epoch != sequence.epoch:
+                continue
+            top: list[tuple[int, float]] = []
+            if n := sequence.params.logprobs:
+                best = result.top_tokens[row, :n].tolist(), result.top_logprobs[row, :n].tolist()
+                top = list(zip(*best, strict=True))
+            reason = sequence.append(tokens[row])
+            if reason is not None:
+                self._finish(sequence)
+            outputs.append(TokenOutput(sequence, tokens[row], logprobs[row], top, reason))
+        return outputs
+
+    def refuse(self) -> list[Sequence]:
+        """The oldest step cannot be run: drop the sequences that have tokens in it, and return them."""
+        chunks, _ = self.in_flight.pop(min(self.in_flight))
+        refused = [chunk.sequence for chunk in chunks if chunk.epoch == chunk.sequence.epoch]
+        for sequence in refused:
+            self.abort(sequence.request_id)
+        return refused
+
+    def recompute_all(self) -> list[Sequence]:
+        """Workers died: forget the steps in flight and the cache; what ran starts over from its tokens.
+
+        Returns the sequences that are given up, because workers died over their steps `MAX_DEATHS` times
+        without getting any further in between.
+        """
+        stuck = {
+            chunk.sequence.request_id: chunk.sequence
+            for chunks, _ in self.in_flight.values()
+            for chunk in chunks
+            if chunk.epoch == chunk.sequence.epoch
+        }
+        self.in_flight.clear()
+        while self.running:
+            self._preempt(self.running[-1])
+        for sequence in stuck.values():
+            sequence.n_deaths += 1
+            if sequence.n_deaths == MAX_DEATHS - 1:
+                self._suspects.append(sequence)
+        given_up = [sequence for sequence in stuck.values() if sequence.n_deaths >= MAX_DEATHS]
+        for sequence in given_up:
+            self.abort(sequence.request_id)
+        return given_up
+
+    # What a step is made of
+
+    def _decode_chunks(self) -> list[Chunk]:
+        """One token each for this micro-batch's share of the generating sequences: the longest waiting."""
+        generating = [s for s in self.running if s.n_pending <= 1 and not s.wants_logits]
+        ready = [s for s in generating if s.n_pending == 1]
+        share = -(-len(generating) // self.limits.n_micro_batches)
+        if len(ready) > share:
+            chosen = sorted(ready, key=lambda s: s.last_step)[:share]
+            ready = [s for s in ready if s in chosen]
+        # In order of arrival, so that who is preempted comes after all whose turn has been.
+        return [self._chunk(s, 1) for s in ready if self._grow(s)]
+
+    def _prefill_chunks(self, room: int) -> list[Chunk]:
+        """Prompt chunks in order of arrival, then sequences that were waiting, as far as `room` tokens go."""
+        chunks = []
+        for sequence in self.running:
+            if room > 0 and sequence.n_pending > 1 and not sequence.wants_logits:
+                chunks.append(self._chunk(sequence, min(sequence.n_pending, room)))
+                room -= chunks[-1].end - chunks[-1].start
+        while room > 0 and self._admit():
+            sequence = self.running[-1]
+            if not sequence.wants_logits:
+                chunks.append(self._chunk(sequence, min(sequence.n_pending, room)))
+                room -= chunks[-1].end - chunks[-1].start
+        return chunks
+
+    def _logits_chunk(self) -> list[Chunk]:
+        """Logits take whole steps: the next part of the sequence that waited longest, if it wants them."""
+        ready = [s for s in self.running if s.n_pending > 0]
+        oldest = min(ready, key=lambda s: s.last_step, default=None)
+        if oldest is None or not oldest.wants_logits:
+            return []
+        room = min(self.limits.max_step_tokens, self.limits.max_step_outputs)
+        return [self._chunk(oldest, min(oldest.n_pending, room))]
+
+    def _first_suspect(self) -> Sequence | None:
+        """The sequence to be tried alone; those that ended or got a token meanwhile are cleared."""
+        while self._suspects:
+            sequence = self._suspects[0]
+            if sequence.n_deaths > 0 and self._sequences.get(sequence.request_id) is sequence:
+                return sequence
+            self._suspects.popleft()
+        return None
+
+    def _chunk_of_suspect(self, sequence: Sequence) -> list[Chunk]:
+        """Its next tokens, once no step of another sequence is in flight."""
+        if any(chunk.sequence is not sequence for chunks, _ in self.in_flight.values() for chunk in chunks):
+            return []
+        if sequence.slot < 0:
+            while self.running:
+                self._preempt(self.running[-1])
+            self.waiting.remove(sequence)
+            self.waiting.appendleft(sequence)
+            self._admit()
+        room = self.limits.max_step_tokens
+        if sequence.wants_logits:
+            room = min(room, self.limits.max_step_outputs)
+        n = min(sequence.n_pending, room)
+        return [self._chunk(sequence, n)] if n else []
+
+    def _chunk(self, sequence: Sequence, n: int) -> Chunk:
+        return Chunk(sequence, sequence.n_dispatched, sequence.n_dispatched + n, sequence.epoch)
+
+    # Memory
+
+    def _admit(self) -> bool:
+        """Let the first waiting sequence run, if its tokens fit beside one more block for each that runs."""
+        if not self.waiting or not self._free_slots:
+            return False
+        sequence = self.waiting[0]
+        n_blocks = self._blocks_of(len(sequence.tokens))
+        if n_blocks + len(self.running) > self.blocks.n_free:
+            return False
+        self.waiting.popleft()
+        self.running.append(sequence)
+        sequence.slot = self._free_slots.pop()
+        self._rows[sequence.slot] = sequence.row
+        self._give_blocks(sequence, n_blocks)
+        return True
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for the last token, at the cost of those that arrived last; False if that was itself."""
+        missing = self._blocks_of(len(sequence.tokens)) - len(sequence.blocks)
+        while sequence.slot >= 0 and missing > self.blocks.n_free:
+            self._preempt(self.running[-1])
+        if sequence.slot < 0:
+            return False
+        if missing:
+            self._give_blocks(sequence, missing)
+        return True
+
+    def _blocks_of(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.limits.block_size)
+
+    def _give_blocks(self, sequence: Sequence, n: int) -> None:
+        n_before = len(sequence.blocks)
+        sequence.blocks += self.blocks.allocate(n)
+        self._tables[sequence.slot, n_before : n_before + n] = sequence.blocks[n_before:]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's memory; it waits, first in line, to be prefilled from its tokens."""
+        self._vacate(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0:
+            self._vacate(sequence)
+        del self._sequences[sequence.request_id]
+
+    def _vacate(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.blocks.release(sequence.blocks)
+        self._tables[sequence.slot, : len(sequence.blocks)] = -1
+        self._free_slots.append(sequence.slot)
+        sequence.blocks = []
+        sequence.slot = -1
+        sequence.n_dispatched = 0
+        sequence.epoch += 1
+
+    # Steps
+
+    def _dispatch(self, chunks: list[Chunk]) -> StepBatch:
+        """Put the chunks into a step and count their tokens as dispatched."""
+        sampled = [chunk for chunk in chunks if chunk.samples]
+        batch = self._build(chunks, sampled)
+        for chunk in chunks:
+            chunk.sequence.n_dispatched = chunk.end
+            chunk.sequence.last_step = self._next_step
+        self.in_flight[self._next_step] = (chunks, sampled)
+        self._next_step += 1
+        return batch
+
+    def _build(self, chunks: list[Chunk], sampled: list[Chunk]) -> StepBatch:
+        starts = np.array([chunk.start for chunk in chunks], np.int32)
+        counts = np.array([chunk.end - chunk.start for chunk in chunks], np.int32)
+        query_starts = np.zeros(len(chunks) + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        token_ids: list[int] = []
+        for chunk in chunks:
+            token_ids += chunk.sequence.tokens[chunk.start : chunk.end]
+        n_tokens = len(token_ids)
+        wants_logits = chunks[0].sequence.wants_logits
+        if wants_logits:
+            output_rows = np.arange(n_tokens, dtype=np.int32)
+        else:
+            ends = [row for row, chunk in enumerate(chunks, 1) if chunk.samples]
+            output_rows = query_starts[ends] - 1
+        sampling, adjustments = self._sampling(sampled)
+        return StepBatch(
+            step_id=self._next_step,
+            token_ids=np.array(token_ids, np.int32),
+            positions=np.repeat(starts - query_starts[:-1], counts) + np.arange(n_tokens, dtype=np.int32),
+            query_starts=query_starts,
+            block_tables=self._tables[
+                [chunk.sequence.slot for chunk in chunks], : self._blocks_of(int((starts + counts).max()))
+            ],
+            output_rows=output_rows,
+            sampling=sampling,
+            adjustments=adjustments,
+            n_top=max((chunk.sequence.params.logprobs or 0 for chunk in sampled), default=0),
+            return_logits=wants_logits,
+        )
+
+    def _sampling(self, sampled: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+        """Sampling rows of the sequences that get a token, and their adjustments one after the other."""
+        rows = self._rows[[chunk.sequence.slot for chunk in sampled]]
+        rows["draw"] = [chunk.sequence.n_output for chunk in sampled]
+        lengths = [len(chunk.sequence.adjustments) for chunk in sampled]
+        if not any(lengths):
+            return rows, np.empty(0, ADJUSTMENT_DTYPE)
+        # As plain bytes: numpy concatenates structures field by field, some fifteen times slower.
+        parts = [chunk.sequence.adjustments.entries().view(_ADJUSTMENT_BYTES) for chunk in sampled]
+        ends = np.cumsum(lengths)
+        rows["end_adjustment"] = ends
+        rows["first_adjustment"][1:] = ends[:-1]
+        return rows, np.concatenate(parts).view(ADJUSTMENT_DTYPE)
+
+    def _complete_logits(self, chunk: Chunk, logits: np.ndarray) -> list[TokenOutput | LogitsOutput]:
+        sequence = chunk.sequence
+        if chunk.epoch != sequence.epoch:
+            return []
+        finished = chunk.end == sequence.n_prompt
+        if finished:
+            self._finish(sequence)
+        return [LogitsOutput(sequence, chunk.start, logits, finished)]

@@ -1,0 +1,78 @@
+"""Steps through the stages: a Ray compiled graph, in which each stage takes its message from the one before.
+
+Plain actor calls were measured too and take longer (tests/benchmarks/bench_pipeline.py; figures in
+ARCHITECTURE.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.dag import InputNode
+
+from redshard.cluster.engine.engine import StepLost, StepRefused
+from redshard.cluster.pipeline.wire import decode_result, encode_batch
+from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_inputs import BatchError
+
+_CONNECT_S = 60.0
+
+
+class Pipeline:
+    """Stages in a row, as a compiled graph.
+
+    Args:
+        actors: handles of `StageActor`, in order. Each can be part of one pipeline at a time.
+        max_in_flight: steps that may be under way at once.
+        deadline_s: seconds a step may take from the moment it is the oldest one under way.
+    """
+
+    def __init__(self, actors: list[Any], max_in_flight: int, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._in_flight: deque[Any] = deque()
+        with InputNode() as message:
+            node: Any = message
+            for actor in actors:
+                node = actor.step.bind(node)
+        self._graph = node.experimental_compile(_max_inflight_executions=max_in_flight + 1)
+        # The first message takes half a second; better now than when somebody waits for a token.
+        self._graph.execute(b"").get(timeout=_CONNECT_S)
+
+    def submit(self, batch: StepBatch) -> None:
+        """Send a step to the first stage. Raises StepLost when the stages do not take it."""
+        with _steps_get_lost():
+            self._in_flight.append(self._graph.execute(encode_batch(batch)))
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step.
+
+        Raises:
+            StepLost: a stage died, raised, or did not answer in time.
+            StepRefused: the step is not one that a stage can run.
+        """
+        with _steps_get_lost():
+            return decode_result(self._in_flight.popleft().get(timeout=self._deadline_s))
+
+    def close(self) -> None:
+        """Let go of the stages; those that live can be part of another pipeline. Idempotent."""
+        self._in_flight.clear()
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._graph.teardown()
+
+
+@contextlib.contextmanager
+def _steps_get_lost() -> Iterator[None]:
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, BatchError):
+            raise StepRefused(str(error.cause)) from error
+        raise StepLost(f"a stage raised {type(error.cause).__name__}: {error.cause}") from error
+    except ray.exceptions.RayChannelTimeoutError as error:
+        raise StepLost("a stage did not answer in time", timed_out=True) from error
+    except ray.exceptions.RayError as error:
+        raise StepLost(str(error).partition("\n")[0]) from error

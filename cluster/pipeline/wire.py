@@ -1,0 +1,120 @@
+"""Steps and results as bytes: Ray serializes one `bytes` object some hundred times faster than many arrays.
+
+A message is a header of counts, then the arrays back to back; both ends run the same release on machines of
+the same byte order. Decoded arrays are read-only views of the message.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from redshard.worker.model.handoff import Hidden, InSlot
+from redshard.worker.model.step_batch import ADJUSTMENT_DTYPE, SAMPLING_ROW_DTYPE, StepBatch, StepResult
+
+_BATCH = struct.Struct("=q10i")  # a multiple of 8 bytes: sampling rows, which come next, are aligned to 8
+_RESULT = struct.Struct("=q4i")
+_IN_SLOT = -1
+
+
+def encode_batch(batch: StepBatch, hidden: Hidden | None = None) -> bytes:
+    """A step on its way to a stage, with the hidden states that the stage before gave.
+
+    Arrays (n_tokens, width) are float32 or float16 and keep their type.
+    """
+    array = hidden if isinstance(hidden, np.ndarray) else np.empty((0, 0), np.float32)
+    header = _BATCH.pack(
+        batch.step_id,
+        len(batch.token_ids),
+        len(batch.query_starts) - 1,
+        batch.block_tables.shape[1],
+        len(batch.output_rows),
+        len(batch.sampling),
+        len(batch.adjustments),
+        batch.n_top,
+        batch.return_logits,
+        *((_IN_SLOT, hidden.slot) if isinstance(hidden, InSlot) else (array.shape[1], array.itemsize)),
+    )
+    arrays = (
+        batch.sampling,
+        batch.adjustments,
+        batch.token_ids,
+        batch.positions,
+        batch.query_starts,
+        batch.block_tables,
+        batch.output_rows,
+        array,
+    )
+    return b"".join([header, *(array.tobytes() for array in arrays)])
+
+
+def decode_batch(message: bytes) -> tuple[StepBatch, Hidden | None]:
+    """The step and the hidden states of `encode_batch`."""
+    (
+        step_id,
+        n_tokens,
+        n_sequences,
+        table_width,
+        n_outputs,
+        n_sampling,
+        n_adjustments,
+        n_top,
+        logits,
+        width,
+        itemsize,
+    ) = _BATCH.unpack_from(message)
+    reader = _Reader(message, _BATCH.size)
+    sampling = reader.take(n_sampling, SAMPLING_ROW_DTYPE)
+    adjustments = reader.take(n_adjustments, ADJUSTMENT_DTYPE)
+    batch = StepBatch(
+        step_id=step_id,
+        token_ids=reader.take(n_tokens, np.int32),
+        positions=reader.take(n_tokens, np.int32),
+        query_starts=reader.take(n_sequences + 1, np.int32),
+        block_tables=reader.take(n_sequences * table_width, np.int32).reshape(n_sequences, table_width),
+        output_rows=reader.take(n_outputs, np.int32),
+        sampling=sampling,
+        adjustments=adjustments,
+        n_top=n_top,
+        return_logits=bool(logits),
+    )
+    if width == _IN_SLOT:
+        return batch, InSlot(itemsize)
+    if width == 0:
+        return batch, None
+    return batch, reader.take(n_tokens * width, np.dtype(f"f{itemsize}")).reshape(n_tokens, width)
+
+
+def encode_result(result: StepResult) -> bytes:
+    """A result on its way back."""
+    logits = np.empty((0, 0), np.float32) if result.logits is None else result.logits
+    header = _RESULT.pack(result.step_id, len(result.tokens), result.top_tokens.shape[-1], *logits.shape)
+    arrays = (result.tokens, result.logprobs, result.top_tokens, result.top_logprobs, logits)
+    return b"".join([header, *(array.tobytes() for array in arrays)])
+
+
+def decode_result(message: bytes) -> StepResult:
+    """The result of `encode_result`."""
+    step_id, n, n_top, n_rows, n_vocab = _RESULT.unpack_from(message)
+    reader = _Reader(message, _RESULT.size)
+    return StepResult(
+        step_id=step_id,
+        tokens=reader.take(n, np.int32),
+        logprobs=reader.take(n, np.float32),
+        top_tokens=reader.take(n * n_top, np.int32).reshape(n, n_top),
+        top_logprobs=reader.take(n * n_top, np.float32).reshape(n, n_top),
+        logits=reader.take(n_rows * n_vocab, np.float32).reshape(n_rows, n_vocab) if n_rows else None,
+    )
+
+
+class _Reader:
+    """Cuts arrays off a message, one after the other."""
+
+    def __init__(self, message: bytes, offset: int) -> None:
+        self._message, self._offset = message, offset
+
+    def take(self, n: int, dtype: type | np.dtype) -> np.ndarray:
+        array = np.frombuffer(self._message, dtype, n, self._offset) if n else np.empty(0, dtype)
+        self._offset += array.nbytes
+        return array

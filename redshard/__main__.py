@@ -1,0 +1,5 @@
+"""``python -m redshard`` is the command line."""
+
+from redshard.cluster.commands.cli import main
+
+main()

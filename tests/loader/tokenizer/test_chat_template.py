@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from redshard.loader.tokenizer import chat_template
+from redshard.loader.tokenizer.chat_template import ChatTemplate, ChatTemplateError
+
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+REPEATED = "{% set n = namespace(x='a') %}{% for i in range(99) %}"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def rendered(source: str, messages: Any = HELLO, **options: Any) -> str:
+    return ChatTemplate({"default": source}, {"bos_token": "<s>", "eos_token": "</s>"}).render(
+        messages, **options
+    )
+
+
+def test_renders_a_conversation() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *HELLO]
+    assert rendered(CHATML, messages) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert rendered(CHATML, add_generation_prompt=False) == "<|im_start|>user\nHello<|im_end|>\n"
+
+
+def test_reads_template_and_special_tokens_from_metadata() -> None:
+    metadata = {
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ unk_token }}",
+        "tokenizer.ggml.tokens": ["<pad>", "<bos>", "<eos>"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 99,
+    }
+    assert ChatTemplate.from_metadata(metadata).render(HELLO) == "<bos>Hello<eos>"
+
+
+def test_a_request_with_tools_takes_the_template_for_tools() -> None:
+    metadata = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "{{ tools[0].name }}"}
+    template = ChatTemplate.from_metadata(metadata)
+    assert template.render(HELLO) == "plain"
+    assert template.render(HELLO, tools=[{"name": "search"}]) == "search"
+
+
+@pytest.mark.parametrize("metadata", [{}, {"tokenizer.chat_template": ""}, {"tokenizer.chat_template": 3}])
+def test_a_file_without_template(metadata: dict[str, Any]) -> None:
+    with pytest.raises(ChatTemplateError, match="has no chat template"):
+        ChatTemplate.from_metadata(metadata)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
+        ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+        ("{% if true %}\n  {% set x = 1 %}\nx\n{% endif %}\n", "x\n"),
+        ("{% for i in range(9) %}{% if i > 1 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        ("{% generation %}said{% endgeneration %}", "said"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ tools is none }} {{ documents is none }}", "True True"),
+        ("{{ 1 ~ 'a' ~ none }}", "1aNone"),
+        ("{{ '%d of {}'.format(1700000000) }} {{ '%s' % 1700000000 }}", "%d of 1700000000 1700000000"),
+        ("{{ messages[0].content.replace('l', 'L') | upper }}", "HELLO"),
+        ("{{ messages | map(attribute='role') | join(', ') }}", "user"),
+    ],
+)
+def test_language(source: str, expected: str) -> None:
+    assert rendered(source) == expected
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert rendered("{{ messages[0].content }}", [{"role": "user", "content": parts}]) == "ab"
+
+
+def test_content_may_be_missing_beside_tool_calls() -> None:
+    message = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
+    assert rendered("{{ messages[0].content is none }}", [message]) == "True"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one"),
+        ("hello", "must be a list"),
+        ({"role": "user"}, "must be a list"),
+        (["hello"], "message 0 must be a mapping"),
+        ([*HELLO, {"content": "x"}], "message 1 must be a mapping with a text 'role'"),
+        ([{"role": "user"}], "message 0 must have a text 'content'"),
+        ([{"role": "user", "content": 3}], "message 0 must have a text 'content'"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "message 0 has a part that is not text"),
+    ],
+)
+def test_malformed_messages(messages: Any, message: str) -> None:
+    with pytest.raises(ChatTemplateError, match=message):
+        rendered(CHATML, messages)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% if %}", "is not valid"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is not valid"),
+        ("x" * (chat_template.MAX_TEMPLATE_CHARACTERS + 1), "characters"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
+        ("{{ nothing.here }}", "'nothing' is undefined"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ range(1000000) }}", "Range too big"),
+    ],
+)
+def test_template_errors(source: str, message: str) -> None:
+    with pytest.raises(ChatTemplateError, match=message):
+        rendered(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        REPEATED + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+        REPEATED + "{% set n.x = n.x + n.x %}{% endfor %}",
+        REPEATED + "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+        "{{ 'a' * 10**10 }}",
+        "{{ [[1] * 10000] * 10000 }}",
+        "{{ 10**10**10 }}",
+        "{{ 'a'.center(10**10) }}",
+        "{{ 'a' | center(10**10) }}",
+        "{{ 'a\\n' | indent(10**10) }}",
+        "{{ [1] | batch(10**10, 0) | list }}",
+        "{{ [] | tojson(indent=10**10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ '%*d' % (10000000000, 1) }}",
+        "{{ '{:>10000000000}'.format(1) }}",
+        "{{ '{:>{w}}'.format(1, w=10000000000) }}",
+        "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
+        "{{ ('a' * 100000) | replace('a', 'b' * 100000) }}",
+        "{{ ('a' * 100000).join(range(100000) | map('string')) }}",
+        "{{ range(100000) | map('string') | join('a' * 100000) }}",
+    ],
+)
+def test_no_operation_makes_a_huge_value(source: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(ChatTemplateError, match="larger than"):
+        rendered(source)
+    assert time.process_time() - begun < 5
+
+
+def test_the_prompt_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_PROMPT_CHARACTERS", 1000)
+    with pytest.raises(ChatTemplateError, match="more than 1000 characters"):
+        rendered("{% for i in range(1001) %}x{% endfor %}")
+
+
+def test_the_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 0.2)
+    loop = "{% for i in range(100000) %}"
+    with pytest.raises(ChatTemplateError, match=r"more than 0\.2 s"):
+        rendered(loop + loop + "{% set x = 1 %}{% endfor %}{% endfor %}")

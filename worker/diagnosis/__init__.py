@@ -1,0 +1,1 @@
+"""What works on a GPU, tried; and troubles that are known."""

@@ -1,0 +1,1 @@
+"""The part of a model that a device runs: recorded once, replayed for every step."""

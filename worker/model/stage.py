@@ -1,0 +1,247 @@
+"""Some layers of a model on one device: recorded once, replayed for every step.
+
+The first stage embeds tokens, the last one samples or gives logits; in between, the residual stream is handed
+over (`worker.handoff`). A step is one copy of its inputs, a few graph replays, one copy out and
+one synchronize: no device allocation, and no Python for each operation.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.model.rotary import rotary_table
+from redshard.worker.device.arguments import MAX_TOP_LOGPROBS
+from redshard.worker.device.base import Device, Graph, HostBuffer
+from redshard.worker.memory.kv_cache import KVCache, KVCacheLayout, LayerShape
+from redshard.worker.memory.pool import MemoryPool
+from redshard.worker.model import ops
+from redshard.worker.model.forward import Arena, ForwardPass, StageWeights, lay_out
+from redshard.worker.model.handoff import Handoff, HandoffType, Hidden
+from redshard.worker.model.sampler import SampleOutputs, logits_result
+from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_inputs import BatchError, InputLayout, StepInputs, StepLimits
+
+#: A graph for each bucket of rows, ascending.
+Graphs = dict[int, Graph]
+
+
+class Stage:
+    """A part of a model with the key/value cache of its layers.
+
+    Args:
+        pool: of the device with the weights; inputs, activations, rotary table and cache come from it.
+        weights: the stage's tensors on the device.
+        limits: the largest step.
+        freq_factors: float32 (n_rot / 2,), the model's divisors of the rotary frequencies, if it has any.
+        handoff: element type of hidden states between stages.
+
+    Attributes:
+        handoff: how hidden states come in and leave; through host memory, unless connected otherwise.
+
+    Raises:
+        PoolError: the device has no room.
+        DeviceError: the device has no kernel for one of the weights' types, or failed.
+    """
+
+    def __init__(
+        self,
+        pool: MemoryPool,
+        weights: StageWeights,
+        limits: StepLimits,
+        freq_factors: np.ndarray | None = None,
+        handoff: HandoffType = "float32",
+    ) -> None:
+        self.limits = limits
+        self._part = weights.part
+        self._pool, self._device, self._config = pool, pool.device, weights.config
+        config = weights.config
+        self._guard = pool.watchdog.guard("a step", pool.deadlines.step_s)
+        self._outputs = SampleOutputs(limits.max_outputs)
+        self._host_buffers: list[HostBuffer] = []
+        self._layer_graphs: Graphs = {}
+        self._logits_graphs: Graphs = {}
+        self._sample_graphs: dict[int, Graphs] = {}
+
+        layers = weights.part.layers
+        self._cache = KVCache(pool, cache_layout(weights, limits), limits.n_kv_blocks) if layers else None
+        self._rotary = self._upload_rotary(freq_factors)
+        layout = InputLayout(limits)
+        self._input_buffer = pool.allocate("inputs", layout.nbytes)
+        self._input_staging = self._allocate_host(layout.nbytes)
+        self._inputs = StepInputs(layout, self._input_staging.array, config.n_vocab, self._cache)
+        self._arena = pool.allocate("activations", activation_bytes(self._device, weights, limits))
+        arena = Arena(self._arena.address)
+        self._at = lay_out(arena, weights, limits, scratch_bytes(self._device, config, limits))
+        row_nbytes = max(4 * config.n_vocab, self._outputs.nbytes(n_top=1)) if self._part.is_last else 0
+        self._staging = self._allocate_host(max(4 * limits.max_tokens * config.n_embd, row_nbytes))
+        # The residual stream is the first in the arena.
+        self.handoff = Handoff(pool, self._arena, self._staging, limits.max_tokens, config.n_embd, handoff)
+        self._record(weights, layout)
+
+    def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
+        """Run one step and wait for it.
+
+        Args:
+            batch: the step.
+            hidden: what the stage before gave; None on the first stage.
+
+        Returns:
+            Hidden states for the next stage, or the result.
+
+        Raises:
+            BatchError: the batch contradicts itself or exceeds the limits; nothing was run.
+            DeviceError: the device failed.
+        """
+        with self._guard:
+            nbytes = self._inputs.pack(batch, self._part.is_last)
+            n_tokens = len(batch.token_ids)
+            if self._part.is_first != (hidden is None):
+                raise BatchError("hidden states go into every stage but the first")
+            if hidden is not None:
+                self.handoff.take(hidden, n_tokens)
+            self._device.copy_in(self._input_buffer.address, self._input_staging, nbytes)
+            if self._layer_graphs:
+                _replay(self._layer_graphs, n_tokens)
+            return self._finish(batch) if self._part.is_last else self.handoff.send(n_tokens)
+
+    def close(self) -> None:
+        """Release graphs, staging memory and the next stage's inbox. Idempotent; the pool frees the rest."""
+        self.handoff.disconnect()
+        for graphs in (self._layer_graphs, self._logits_graphs, *self._sample_graphs.values()):
+            for graph in graphs.values():
+                graph.release()
+            graphs.clear()
+        for buffer in self._host_buffers:
+            self._device.free_host(buffer)
+        self._host_buffers.clear()
+
+    def _allocate_host(self, nbytes: int) -> HostBuffer:
+        buffer = self._device.allocate_host(nbytes)
+        self._host_buffers.append(buffer)
+        return buffer
+
+    def _upload_rotary(self, freq_factors: np.ndarray | None) -> ops.Rotary:
+        rope = self._config.rope
+        table = rotary_table(rope, self.limits.max_context, freq_factors)
+        buffer = self._pool.allocate("rotary table", table.nbytes)
+        self._pool.write(buffer.view(0, table.nbytes), table)
+        return ops.Rotary(buffer.address, rope.n_rot, rope.style == "neox")
+
+    def _record(self, weights: StageWeights, layout: InputLayout) -> None:
+        """Record the layers once for every bucket of rows, and on the last stage what follows them."""
+        config, limits = self._config, self.limits
+        forward = ForwardPass(
+            device=self._device,
+            weights=weights,
+            inputs=layout.addresses(self._input_buffer.address),
+            at=self._at,
+            caches=self._layer_caches(),
+            shape=ops.AttentionShape(
+                n_heads=config.n_heads,
+                n_kv_heads=config.n_kv_heads,
+                head_dim=config.head_dim,
+                value_dim=config.value_dim,
+                block_size=limits.block_size,
+                table_width=limits.table_width,
+                max_sequences=limits.max_sequences,
+            ),
+            rotary=self._rotary,
+        )
+        if self._part.layers or self._part.is_first:
+            self._layer_graphs = self._recorded(limits.max_tokens, forward.layers)
+        if self._part.is_last:
+            self._logits_graphs = self._recorded(limits.max_outputs, forward.logits)
+            sampled = self._outputs.addresses(self._at.sampled)
+            # Ranking a vocabulary takes time: steps that want no most probable tokens have their own graphs.
+            self._sample_graphs = {
+                n_top: self._recorded(limits.max_outputs, partial(forward.sample, out=sampled, n_top=n_top))
+                for n_top in (0, MAX_TOP_LOGPROBS)
+            }
+
+    def _layer_caches(self) -> tuple[ops.LayerCache, ...]:
+        cache = self._cache
+        if cache is None:
+            return ()
+        return tuple(
+            ops.LayerCache(cache.keys(layer).address, cache.values(layer).address)
+            for layer in range(len(self._part.layers))
+        )
+
+    def _recorded(self, max_rows: int, launch: Callable[[int], None]) -> Graphs:
+        """One graph for every row count that the device wants a graph of its own for."""
+        graphs: list[Graph] = []
+        buckets = self._device.row_buckets(max_rows)
+        for rows in buckets:
+            with self._device.recording(graphs):
+                launch(rows)
+        return dict(zip(buckets, graphs, strict=True))
+
+    def _finish(self, batch: StepBatch) -> StepResult:
+        """Sample the output rows, or read their logits."""
+        n_outputs = len(batch.output_rows)
+        if n_outputs:
+            _replay(self._logits_graphs, n_outputs)
+        if batch.return_logits:
+            return logits_result(batch.step_id, self._read_logits(n_outputs))
+        if n_outputs:
+            _replay(self._sample_graphs[MAX_TOP_LOGPROBS if batch.n_top else 0], n_outputs)
+        # Even without outputs the step has to be waited for.
+        self._copy_out(self._at.sampled, self._outputs.nbytes(batch.n_top))
+        return self._outputs.read(self._staging.array, batch.step_id, n_outputs, batch.n_top)
+
+    def _read_logits(self, n_outputs: int) -> np.ndarray:
+        n_vocab = self._config.n_vocab
+        logits = np.empty((n_outputs, n_vocab), np.float32)
+        at_once = self._staging.array.nbytes // (4 * n_vocab)
+        for start in range(0, n_outputs, at_once):
+            piece = logits[start : start + at_once]
+            self._copy_out(self._at.logits + 4 * n_vocab * start, piece.nbytes)
+            piece[:] = self._staged(piece.shape)
+        return logits
+
+    def _copy_out(self, address: int, nbytes: int) -> None:
+        """Bring a range of the arena into the staging buffer and wait for it, and so for the whole step."""
+        view = self._arena.view(address - self._arena.address, nbytes, alignment=4)
+        self._pool.copy_out(self._staging, view)
+        self._device.synchronize(self._pool.deadlines.step_s)
+
+    def _staged(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The start of the staging buffer as float32 of this shape."""
+        return self._staging.array[: 4 * math.prod(shape)].view(np.float32).reshape(shape)
+
+
+def cache_layout(weights: StageWeights, limits: StepLimits) -> KVCacheLayout:
+    """The cache of a stage, one block of it at a time."""
+    config = weights.config
+    shape = LayerShape(config.n_kv_heads, config.head_dim, config.value_dim)
+    return KVCacheLayout((shape,) * len(weights.part.layers), limits.block_size)
+
+
+def scratch_bytes(device: Device, config: ModelConfig, limits: StepLimits) -> int:
+    """What attention wants besides its inputs and outputs."""
+    return device.scratch_bytes(
+        limits.max_tokens,
+        limits.max_sequences,
+        config.n_heads,
+        config.value_dim,
+        limits.table_width * limits.block_size,
+    )
+
+
+def activation_bytes(device: Device, weights: StageWeights, limits: StepLimits) -> int:
+    """Bytes of everything that lives no longer than a step."""
+    arena = Arena()
+    lay_out(arena, weights, limits, scratch_bytes(device, weights.config, limits))
+    return arena.nbytes
+
+
+def _replay(graphs: Graphs, rows: int) -> None:
+    """Replay the graph of the smallest bucket that holds `rows`."""
+    buckets = list(graphs)
+    graphs[buckets[bisect_left(buckets, rows)]].replay()
