@@ -183,5 +183,5 @@ def test_actor_class(model: Path, root_logger: logging.Logger, capsys: pytest.Ca
 
 
 def test_modules_do_not_need_ray() -> None:
-    code = "import sys; import worker.gpu_worker; sys.exit('ray' in sys.modules)"
+    code = "import sys; import redshard.worker.gpu_worker; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -120,7 +120,7 @@ def examine_cpu() -> Found:
 
 def _run(task: str, deadline_s: float) -> tuple[Check, ...]:
     """What `main(task)` finds in a process of its own; a failure comes last if it did not get to the end."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from worker.diagnosis import main; main({task!r})"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main({task!r})"
     checks: list[Check] = []
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr)

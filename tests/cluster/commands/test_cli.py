@@ -160,7 +160,7 @@ def test_invalid_parameters(run: Run, model: Path) -> None:
 
 
 def test_help_names_the_ranges(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from redshard.cluster import llm
+    from redshard.cluster.client import llm
 
     assert options.MAX_SEQUENCES == llm.MAX_SEQUENCES
     monkeypatch.setenv("COLUMNS", "150")
@@ -314,7 +314,7 @@ def test_generate_knows_the_demo_model_by_name(run: Run) -> None:
 
 def test_commands_that_only_read_the_file_do_not_load_ray(model: Path) -> None:
     code = (
-        "import sys; from cluster import cli\n"
+        "import sys; from redshard.cluster.commands import cli\n"
         f"sys.argv = ['redshard', 'inspect', {str(model)!r}]\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
