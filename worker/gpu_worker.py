@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -16,6 +18,7 @@ from redshard.worker.device.choose import DeviceKind, open_device
 from redshard.worker.memory.packing import PoolError
 from redshard.worker.model.forward import StagePart
 from redshard.worker.model.handoff import HandoffType, Hidden, InboxOffer
+from redshard.worker.model.stage import Launched
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
 from redshard.worker.worker import Worker, WorkerStats
@@ -77,16 +80,29 @@ class GpuWorker:
         """(bytes uploaded, bytes in total); may be called while `load` runs. (0, 0) before it begins."""
         return self._progress
 
+    @property
+    def runs_behind(self) -> bool:
+        """As `Worker.runs_behind`."""
+        return self._worker.runs_behind
+
     def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
         """One step; as `Stage.run`, except that a device that fails ends the process.
 
         After most failures a runtime answers every call of the process with the same error. Whoever watches
         the process starts another, which loads the stage again.
         """
-        try:
+        with _failures_end_the_process():
             return self._worker.run(batch, hidden)
-        except DeviceError as error:
-            _end_process(error)
+
+    def launch(self, batch: StepBatch) -> Launched:
+        """Put one step on its way; as `Stage.launch`, except as for `run`."""
+        with _failures_end_the_process():
+            return self._worker.launch(batch)
+
+    def finish(self, launched: Launched) -> Hidden | StepResult:
+        """Wait for a step; as `Stage.finish`, except as for `run`."""
+        with _failures_end_the_process():
+            return self._worker.finish(launched)
 
     def open_inbox(self, n_slots: int) -> InboxOffer | None:
         """As `Handoff.open_inbox`; None where that is impossible."""
@@ -136,6 +152,14 @@ class GpuWorker:
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = (done, total)
+
+
+@contextmanager
+def _failures_end_the_process() -> Iterator[None]:
+    try:
+        yield
+    except DeviceError as error:
+        _end_process(error)
 
 
 def _end_process(error: DeviceError) -> NoReturn:

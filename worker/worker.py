@@ -20,7 +20,7 @@ from redshard.worker.memory.pool import MemoryMap, MemoryPool
 from redshard.worker.memory.upload import Progress, upload
 from redshard.worker.model.forward import StagePart, StageWeights
 from redshard.worker.model.handoff import Handoff, HandoffType, Hidden
-from redshard.worker.model.stage import Stage, cache_layout
+from redshard.worker.model.stage import Launched, Stage, cache_layout
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
 
@@ -129,11 +129,27 @@ class Worker:
 
     def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
         """One step; as `Stage.run`."""
-        stage = self._loaded()
+        return self.finish(self.launch(batch, hidden))
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether steps may overlap: the whole model is here, on a device that queues work."""
+        part = self._loaded().part
+        return part.is_first and part.is_last and self.device.queues_work
+
+    def launch(self, batch: StepBatch, hidden: Hidden | None = None) -> Launched:
+        """As `Stage.launch`."""
         started = time.monotonic()
-        result = stage.run(batch, hidden)
+        launched = self._loaded().launch(batch, hidden)
         self._steps += 1
         self._tokens += len(batch.token_ids)
+        self._busy_s += time.monotonic() - started
+        return launched
+
+    def finish(self, launched: Launched) -> Hidden | StepResult:
+        """As `Stage.finish`."""
+        started = time.monotonic()
+        result = self._loaded().finish(launched)
         self._busy_s += time.monotonic() - started
         return result
 

@@ -103,6 +103,7 @@ class Engine:
         self._new: deque[Request] = deque()
         self._aborted: deque[str] = deque()
         self._ready: list[Increment] = []
+        self._held: StepBatch | None = None  # made ahead, and waiting for tokens that it feeds
         self._closing = False
         self._ended = ""  # why nothing is served any more
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -153,7 +154,7 @@ class Engine:
             while self._take_requests(wait=not (outputs or self._scheduler.n_unfinished)):
                 try:
                     self._submit()
-                    # The next step is on its way: time to tell people about the last one.
+                    # The next steps are on their way: time to tell people about the last one.
                     self._deliver(outputs)
                     outputs = []
                     outputs = self._collect()
@@ -206,14 +207,18 @@ class Engine:
         )
 
     def _submit(self) -> None:
-        """Send as many steps on their way as may be."""
+        """Send as many steps on their way as may be, and keep one that waits for tokens it feeds."""
         times = self.times
         while True:
             began = time.perf_counter()
-            batch = self._scheduler.schedule()
+            batch = self._held or self._scheduler.schedule()
             scheduled = time.perf_counter()
             times.schedule_s += scheduled - began
+            self._held = None
             if batch is None:
+                return
+            if not self._scheduler.bind(batch):
+                self._held = batch
                 return
             self._stages.submit(batch)
             times.submit_s += time.perf_counter() - scheduled
@@ -241,6 +246,7 @@ class Engine:
         """Bring the stages back and start the running sequences over from their tokens."""
         logger.warning("recovering: %s", loss)
         self.state = "recovering"
+        self._held = None
         self.times.restarts += 1
         for sequence in self._scheduler.recompute_all():
             self._fail(
@@ -263,6 +269,12 @@ class Engine:
                 continue
             if isinstance(output, LogitsOutput):
                 self._add_logits(answer, output)
+            elif output.token < 0:
+                self._fail(
+                    output.sequence.request_id,
+                    "the logits are not finite: the model's weights are broken, or overflow on this prompt",
+                )
+                continue
             else:
                 self._add_token(answer, output)
             pending = answer.pending

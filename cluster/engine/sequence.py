@@ -5,20 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from redshard.cluster.engine.sampling_params import SamplingParams
-from redshard.worker.model.step_batch import ADJUSTMENT_DTYPE, SAMPLING_ROW_DTYPE
+from redshard.worker.model.step_batch import (
+    ADJUSTMENT_CHANGE_DTYPE,
+    ADJUSTMENT_DTYPE,
+    SAMPLING_ROW_DTYPE,
+)
 
 
 class Sequence:
     """Prompt and output tokens of one request, and how far its steps have come.
 
     Attributes:
-        tokens: prompt, then output.
-        n_dispatched: how many leading tokens were given to steps; the cache holds them once those are done.
+        tokens: prompt, then output, as far as it is known.
+        n_awaited: tokens that follow, which steps under way will give.
+        n_dispatched: how many leading tokens were given to steps, awaited ones included; the cache holds them
+            once those steps are done.
         max_length: number of tokens at which the sequence ends.
         stop_tokens: tokens that end it.
         wants_logits: give every position's logits and generate nothing.
         blocks: cache blocks owned; block i holds positions i * block_size and on.
-        slot: row of the scheduler's tables while running, else -1.
+        slot: where the stages keep its block table and adjustments while it runs, else -1.
         epoch: goes up whenever the cache is given up, so that results of older steps are known as such.
         last_step: the latest step with tokens of this sequence; -1 before the first.
         n_deaths: times that workers died over this sequence's steps since it got as far as `n_survived`.
@@ -31,6 +37,7 @@ class Sequence:
         "epoch",
         "last_step",
         "max_length",
+        "n_awaited",
         "n_deaths",
         "n_dispatched",
         "n_prompt",
@@ -66,6 +73,7 @@ class Sequence:
         self.adjustments = Adjustments(params, tokens)
         self.blocks: list[int] = []
         self.slot = -1
+        self.n_awaited = 0
         self.n_dispatched = 0
         self.epoch = 0
         self.last_step = -1
@@ -74,8 +82,13 @@ class Sequence:
 
     @property
     def n_pending(self) -> int:
-        """Known tokens that no step was given yet: 0 while the next token is awaited."""
-        return len(self.tokens) - self.n_dispatched
+        """Tokens known or awaited that no step was given yet."""
+        return len(self.tokens) + self.n_awaited - self.n_dispatched
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is room for a token behind those known and awaited."""
+        return len(self.tokens) + self.n_awaited < self.max_length
 
     @property
     def n_output(self) -> int:
@@ -92,46 +105,53 @@ class Sequence:
         """Accept a generated token; the reason when it is the last one: "stop" or "length"."""
         self.tokens.append(token)
         if self.params.penalizes:
-            self.adjustments.count(token, generated=True)
+            self.adjustments.count(token)
         if token in self.stop_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.max_length else None
 
 
 class Adjustments:
-    """Bias and counts of the tokens whose logits a sequence changes, kept up to date token by token."""
+    """Bias and counts of the tokens whose logits a sequence changes, and which the stages do not know."""
 
     def __init__(self, params: SamplingParams, prompt: list[int]) -> None:
-        self._index: dict[int, int] = {}
-        self._entries = np.zeros(8, ADJUSTMENT_DTYPE)
-        for token, bias in params.logit_bias.items():
-            self._entries["bias"][self._row(token)] = bias
-        if params.penalizes:
-            for token in prompt:
-                self.count(token, generated=False)
+        biased = list(params.logit_bias)
+        counted, counts = np.unique(prompt if params.penalizes else [], return_counts=True)
+        tokens = np.unique(np.concatenate([np.array(biased, np.int64), counted.astype(np.int64)]))
+        self._index = {token: row for row, token in enumerate(tokens.tolist())}
+        self._entries = np.zeros(max(8, len(tokens)), ADJUSTMENT_DTYPE)
+        self._entries["token"][: len(tokens)] = tokens
+        self._entries["bias"][[self._index[token] for token in biased]] = list(params.logit_bias.values())
+        self._entries["seen"][np.searchsorted(tokens, counted)] = counts
+        self._changed = set(range(len(tokens)))
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def count(self, token: int, *, generated: bool) -> None:
-        """Note one more appearance of `token`."""
-        row = self._row(token)
-        self._entries["seen"][row] += 1
-        if generated:
-            self._entries["generated"][row] += 1
+    def count(self, token: int) -> None:
+        """Note one more appearance of `token`, in the output."""
+        row = self._index.setdefault(token, len(self._index))
+        if row == len(self._entries):
+            self._entries = np.concatenate([self._entries, np.zeros_like(self._entries)])
+        entry = self._entries[row]
+        entry["token"] = token
+        entry["seen"] += 1
+        entry["generated"] += 1
+        self._changed.add(row)
 
-    def entries(self) -> np.ndarray:
-        """ADJUSTMENT_DTYPE (n,), a view that is valid until the next `count`."""
-        return self._entries[: len(self._index)]
+    def forget_sent(self) -> None:
+        """The stages know nothing any more."""
+        self._changed = set(range(len(self._index)))
 
-    def _row(self, token: int) -> int:
-        row = self._index.get(token)
-        if row is None:
-            row = self._index[token] = len(self._index)
-            if row == len(self._entries):
-                self._entries = np.concatenate([self._entries, np.zeros_like(self._entries)])
-            self._entries["token"][row] = token
-        return row
+    def take_changes(self, slot: int) -> np.ndarray | None:
+        """What changed since the last call, for the sequence in `slot`: ADJUSTMENT_CHANGE_DTYPE (n,)."""
+        if not self._changed:
+            return None
+        rows = sorted(self._changed)
+        self._changed.clear()
+        changes = np.empty(len(rows), ADJUSTMENT_CHANGE_DTYPE)
+        changes["slot"], changes["index"], changes["adjustment"] = slot, rows, self._entries[rows]
+        return changes
 
 
 _SAMPLING_FIELDS = (

@@ -8,13 +8,12 @@ from typing import Any
 
 from redshard.cluster.engine.engine import Engine
 from redshard.cluster.engine.requests import Increment, Request
-from redshard.cluster.engine.scheduler import Scheduler
+from redshard.cluster.engine.scheduler import STEPS_AHEAD, Scheduler
 from redshard.cluster.errors import ModelError, PipelineError
 from redshard.cluster.pipeline.plan import (
     PipelineSettings,
     overhead_bytes,
     plan_with_cache,
-    scheduler_limits,
     stage_parts,
     step_limits,
 )
@@ -144,8 +143,8 @@ class Coordinator:
             limits,
             settings.handoff,
         )
-        workers = group.load(order, max_in_flight=settings.n_stages)
-        scheduler = Scheduler(scheduler_limits(limits, settings.n_stages))
+        workers = group.load(order, max_in_flight=settings.n_stages + STEPS_AHEAD)
+        scheduler = Scheduler(limits, settings.n_stages)
         self._engine = Engine(scheduler, group, tokenizer)
         n_tokens = limits.n_kv_blocks * limits.block_size
         return PipelineInfo(scheduler.limits.max_length, n_tokens, workers, warning)

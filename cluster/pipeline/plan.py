@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from redshard.cluster.engine.scheduler import SchedulerLimits
 from redshard.cluster.errors import ModelError
 from redshard.loader.model.model_config import ModelConfig
 from redshard.loader.shard_plan import (
@@ -114,17 +113,4 @@ def step_limits(settings: PipelineSettings, cache_tokens: int) -> StepLimits:
         max_context=settings.max_context,
         n_kv_blocks=cache_tokens // DEFAULT_BLOCK_SIZE,
         block_size=DEFAULT_BLOCK_SIZE,
-    )
-
-
-def scheduler_limits(limits: StepLimits, n_stages: int) -> SchedulerLimits:
-    """The same for the scheduler, with a micro-batch in flight for every stage."""
-    return SchedulerLimits(
-        n_blocks=limits.n_kv_blocks,
-        block_size=limits.block_size,
-        max_context=limits.max_context,
-        max_sequences=limits.max_sequences,
-        max_step_tokens=limits.max_tokens,
-        max_step_outputs=limits.max_outputs,
-        n_micro_batches=n_stages,
     )

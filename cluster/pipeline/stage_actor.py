@@ -7,13 +7,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from redshard.cluster.pipeline.wire import decode_batch, encode_batch, encode_result
+from redshard.cluster.pipeline.wire import decode_batch, decode_hidden, encode_hidden, encode_result
 from redshard.worker.configuration import WorkerConfiguration
 from redshard.worker.device.base import DeviceError
 from redshard.worker.device.choose import GPU_MAKERS, DeviceKind, GpuKind, gpu_count
 from redshard.worker.device.cpu import usable_cpus
 from redshard.worker.gpu_worker import GpuWorker
+from redshard.worker.model.stage import Launched
 from redshard.worker.model.step_batch import StepResult
+from redshard.worker.model.step_inputs import BatchError
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class StageActor(GpuWorker):
         super().__init__(stage, kind, n_threads, configuration, log_level="WARNING")
         self._kind = kind
         self._step_began: float | None = None
+        self._launched: Launched | BatchError | None = None
 
     def report(self) -> DeviceReport:
         """The device, as it is now."""
@@ -62,20 +65,39 @@ class StageActor(GpuWorker):
         """The fields of `WorkerStats`, and the process id."""
         return {**super().stats(), "pid": os.getpid()}
 
-    def step(self, message: bytes) -> bytes:
-        """One step: `wire.encode_batch` in; the same with hidden states out, or `wire.encode_result`.
+    def step(self, message: bytes, hidden: bytes = b"") -> bytes:
+        """One step: `wire.encode_batch` in, on later stages with `wire.encode_hidden` of the stage before.
 
-        An empty message goes through as it is.
+        Gives `wire.encode_hidden`, or on the last stage `wire.encode_result`. A worker that `runs_behind`
+        launches a step and gives the result of the step before, so that its device never waits for the host;
+        an empty message asks it for the last result. Others let an empty message through as it is.
         """
-        if not message:
-            return message
         self._step_began = time.monotonic()
         try:
-            batch, hidden = decode_batch(message)
-            out = self.run(batch, hidden)
+            if not message and self._launched is None:
+                return message
+            if self.runs_behind:
+                return self._step_behind(message)
+            out = self.run(decode_batch(message), decode_hidden(hidden) if hidden else None)
         finally:
             self._step_began = None
-        return encode_result(out) if isinstance(out, StepResult) else encode_batch(batch, out)
+        return encode_result(out) if isinstance(out, StepResult) else encode_hidden(out)
+
+    def _step_behind(self, message: bytes) -> bytes:
+        """Launch a step, if there is one, and wait for the one before, if there is one."""
+        before, self._launched = self._launched, None
+        if message:
+            try:
+                self._launched = self.launch(decode_batch(message))
+            except BatchError as refused:
+                self._launched = refused
+        if isinstance(before, BatchError):
+            raise before
+        if before is None:
+            return b""
+        result = self.finish(before)
+        assert isinstance(result, StepResult)  # one stage is all there is
+        return encode_result(result)
 
     def step_seconds(self) -> float:
         """How long the present step has been running; 0 between steps. Answers while a step runs."""

@@ -22,11 +22,13 @@ from redshard.worker.model.step_inputs import BatchError
 _CONNECT_S = 60.0
 
 
-class Pipeline:
+class StageGraph:
     """Stages in a row, as a compiled graph.
 
+    Every stage takes a step's batch from here, and hidden states from the stage before.
+
     Args:
-        actors: handles of `StageActor`, in order. Each can be part of one pipeline at a time.
+        actors: handles of `StageActor`, in order. Each can be part of one graph at a time.
         max_in_flight: steps that may be under way at once.
         deadline_s: seconds a step may take from the moment it is the oldest one under way.
     """
@@ -35,33 +37,43 @@ class Pipeline:
         self._deadline_s = deadline_s
         self._in_flight: deque[Any] = deque()
         with InputNode() as message:
-            node: Any = message
-            for actor in actors:
-                node = actor.step.bind(node)
+            node: Any = actors[0].step.bind(message)
+            for actor in actors[1:]:
+                node = actor.step.bind(message, node)
         self._graph = node.experimental_compile(_max_inflight_executions=max_in_flight + 1)
         # The first message takes half a second; better now than when somebody waits for a token.
         self._graph.execute(b"").get(timeout=_CONNECT_S)
 
     def submit(self, batch: StepBatch) -> None:
-        """Send a step to the first stage. Raises StepLost when the stages do not take it."""
-        with _steps_get_lost():
-            self._in_flight.append(self._graph.execute(encode_batch(batch)))
+        """Send a step to the stages. Raises StepLost when they do not take it."""
+        self._send(encode_batch(batch))
 
     def collect(self) -> StepResult:
         """Wait for the oldest step.
+
+        A stage that runs one step behind (see `StageActor.step`) answers a step's message with the result of
+        the step before; if nothing follows, an empty message asks for it.
 
         Raises:
             StepLost: a stage died, raised, or did not answer in time.
             StepRefused: the step is not one that a stage can run.
         """
-        with _steps_get_lost():
-            return decode_result(self._in_flight.popleft().get(timeout=self._deadline_s))
+        while True:
+            if not self._in_flight:
+                self._send(b"")
+            with _steps_get_lost():
+                if message := self._in_flight.popleft().get(timeout=self._deadline_s):
+                    return decode_result(message)
 
     def close(self) -> None:
-        """Let go of the stages; those that live can be part of another pipeline. Idempotent."""
+        """Let go of the stages; those that live can be part of another graph. Idempotent."""
         self._in_flight.clear()
         with contextlib.suppress(ray.exceptions.RayError):
             self._graph.teardown()
+
+    def _send(self, message: bytes) -> None:
+        with _steps_get_lost():
+            self._in_flight.append(self._graph.execute(message))
 
 
 @contextlib.contextmanager

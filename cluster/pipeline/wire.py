@@ -1,4 +1,6 @@
-"""Steps and results as bytes: Ray serializes one `bytes` object some hundred times faster than many arrays.
+"""Steps, hidden states and results as bytes.
+
+Ray serializes one `bytes` object some hundred times faster than many arrays.
 
 A message is a header of counts, then the arrays back to back; both ends run the same release on machines of
 the same byte order. Decoded arrays are read-only views of the message.
@@ -11,79 +13,82 @@ import struct
 import numpy as np
 
 from redshard.worker.model.handoff import Hidden, InSlot
-from redshard.worker.model.step_batch import ADJUSTMENT_DTYPE, SAMPLING_ROW_DTYPE, StepBatch, StepResult
+from redshard.worker.model.step_batch import (
+    ADJUSTMENT_CHANGE_DTYPE,
+    SAMPLING_ROW_DTYPE,
+    TABLE_ENTRY_DTYPE,
+    StepBatch,
+    StepResult,
+)
 
-_BATCH = struct.Struct("=q10i")  # a multiple of 8 bytes: sampling rows, which come next, are aligned to 8
+_BATCH = struct.Struct("=q8i")  # a multiple of 8 bytes: sampling rows, which come next, are aligned to 8
+_HIDDEN = struct.Struct("=3i")
 _RESULT = struct.Struct("=q4i")
 _IN_SLOT = -1
 
 
-def encode_batch(batch: StepBatch, hidden: Hidden | None = None) -> bytes:
-    """A step on its way to a stage, with the hidden states that the stage before gave.
-
-    Arrays (n_tokens, width) are float32 or float16 and keep their type.
-    """
-    array = hidden if isinstance(hidden, np.ndarray) else np.empty((0, 0), np.float32)
+def encode_batch(batch: StepBatch) -> bytes:
+    """A step on its way to the stages."""
     header = _BATCH.pack(
         batch.step_id,
         len(batch.token_ids),
-        len(batch.query_starts) - 1,
-        batch.block_tables.shape[1],
+        len(batch.slots),
+        len(batch.table_entries),
         len(batch.output_rows),
         len(batch.sampling),
-        len(batch.adjustments),
+        len(batch.adjustment_changes),
         batch.n_top,
         batch.return_logits,
-        *((_IN_SLOT, hidden.slot) if isinstance(hidden, InSlot) else (array.shape[1], array.itemsize)),
     )
     arrays = (
         batch.sampling,
-        batch.adjustments,
+        batch.adjustment_changes,
+        batch.table_entries,
         batch.token_ids,
         batch.positions,
         batch.query_starts,
-        batch.block_tables,
+        batch.slots,
         batch.output_rows,
-        array,
     )
     return b"".join([header, *(array.tobytes() for array in arrays)])
 
 
-def decode_batch(message: bytes) -> tuple[StepBatch, Hidden | None]:
-    """The step and the hidden states of `encode_batch`."""
-    (
-        step_id,
-        n_tokens,
-        n_sequences,
-        table_width,
-        n_outputs,
-        n_sampling,
-        n_adjustments,
-        n_top,
-        logits,
-        width,
-        itemsize,
-    ) = _BATCH.unpack_from(message)
+def decode_batch(message: bytes) -> StepBatch:
+    """The step of `encode_batch`."""
+    step_id, n_tokens, n_sequences, n_entries, n_outputs, n_sampling, n_changes, n_top, logits = (
+        _BATCH.unpack_from(message)
+    )
     reader = _Reader(message, _BATCH.size)
     sampling = reader.take(n_sampling, SAMPLING_ROW_DTYPE)
-    adjustments = reader.take(n_adjustments, ADJUSTMENT_DTYPE)
-    batch = StepBatch(
+    changes = reader.take(n_changes, ADJUSTMENT_CHANGE_DTYPE)
+    return StepBatch(
         step_id=step_id,
+        table_entries=reader.take(n_entries, TABLE_ENTRY_DTYPE),
         token_ids=reader.take(n_tokens, np.int32),
         positions=reader.take(n_tokens, np.int32),
         query_starts=reader.take(n_sequences + 1, np.int32),
-        block_tables=reader.take(n_sequences * table_width, np.int32).reshape(n_sequences, table_width),
+        slots=reader.take(n_sequences, np.int32),
         output_rows=reader.take(n_outputs, np.int32),
         sampling=sampling,
-        adjustments=adjustments,
+        adjustment_changes=changes,
         n_top=n_top,
         return_logits=bool(logits),
     )
-    if width == _IN_SLOT:
-        return batch, InSlot(itemsize)
-    if width == 0:
-        return batch, None
-    return batch, reader.take(n_tokens * width, np.dtype(f"f{itemsize}")).reshape(n_tokens, width)
+
+
+def encode_hidden(hidden: Hidden) -> bytes:
+    """Hidden states on their way to the next stage: float32 or float16, or where they are."""
+    if isinstance(hidden, InSlot):
+        return _HIDDEN.pack(_IN_SLOT, hidden.slot, 0)
+    return _HIDDEN.pack(*hidden.shape, hidden.itemsize) + hidden.tobytes()
+
+
+def decode_hidden(message: bytes) -> Hidden:
+    """The hidden states of `encode_hidden`."""
+    n_tokens, width, itemsize = _HIDDEN.unpack_from(message)
+    if n_tokens == _IN_SLOT:
+        return InSlot(width)
+    return np.frombuffer(message, f"f{itemsize}", n_tokens * width, _HIDDEN.size).reshape(n_tokens, width)
 
 
 def encode_result(result: StepResult) -> bytes:

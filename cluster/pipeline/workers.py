@@ -16,7 +16,7 @@ from redshard.cluster.engine.engine import StepLost
 from redshard.cluster.errors import ModelError, PipelineError
 from redshard.cluster.pipeline.placement import Placement
 from redshard.cluster.pipeline.stage_actor import DeviceReport, StageActor
-from redshard.cluster.pipeline.stage_graph import Pipeline
+from redshard.cluster.pipeline.stage_graph import StageGraph
 from redshard.worker.configuration import WorkerConfiguration
 from redshard.worker.device.base import DeviceError
 from redshard.worker.device.choose import DeviceKind
@@ -81,7 +81,7 @@ class WorkerGroup:
         self._kind, self._configuration, self._deadline_s = kind, configuration, deadline_s
         self._actor_class: Any = ray.remote(actor_class)
         self._order: LoadOrder | None = None
-        self._pipeline: Pipeline | None = None
+        self._pipeline: StageGraph | None = None
         self._through_host: set[int] = set()
         self._progress = [(0, 0)] * n_stages
         self._reports: dict[int, DeviceReport] = {}
@@ -144,12 +144,12 @@ class WorkerGroup:
     # What the engine needs
 
     def submit(self, batch: StepBatch) -> None:
-        """As `Pipeline.submit`."""
+        """As `StageGraph.submit`."""
         assert self._pipeline is not None
         self._pipeline.submit(batch)
 
     def collect(self) -> StepResult:
-        """As `Pipeline.collect`."""
+        """As `StageGraph.collect`."""
         assert self._pipeline is not None
         return self._pipeline.collect()
 
@@ -288,7 +288,7 @@ class WorkerGroup:
             for stage in range(self.n_stages - 1):
                 if self._share_a_host(stage, stage + 1):
                     self._connect_devices(stage)
-            self._pipeline = Pipeline(self._actors, self._max_in_flight, self._deadline_s)
+            self._pipeline = StageGraph(self._actors, self._max_in_flight, self._deadline_s)
         except ray.exceptions.RayError as error:
             why = f"died while the stages were connected: {_cause(error)}"
             raise _StagesLost(self._lost_stages(timed_out=False), why) from error

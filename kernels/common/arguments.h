@@ -11,7 +11,7 @@ struct Step {
   i32 n_tokens;      // rows of hidden states
   i32 n_sequences;   // sequences the tokens belong to
   i32 n_outputs;     // rows whose logits are wanted (the last stage alone uses it)
-  i32 reserved;
+  i32 n_changes;     // entries of the block tables that this step sets
 };
 
 // Rows of one width, as float32 or as 8-bit blocks of 32, or both. Producers write every form whose pointer is not null.
@@ -31,10 +31,24 @@ struct Matrix {
   i32 n_rows;
 };
 
-// out[t] = scale * row token_ids[t] of the table.
+// One entry of the block tables, which stay on the device from step to step.
+struct TableChange {
+  i32 place;   // row * table_width + column
+  i32 block;
+};
+
+// tables[changes[i].place] = changes[i].block. No place is named twice.
+struct SetTablesArguments {
+  const Step* step;
+  const TableChange* changes;   // [n_changes]
+  i32* tables;
+};
+
+// out[t] = scale * row token_ids[t] of the table. A negative id -1 - s stands for the token sampled last in slot s.
 struct EmbedArguments {
   const Step* step;
   const i32* token_ids;   // [n_tokens]
+  const i32* newest;      // [slots], or null where no id is negative
   Matrix table;           // [n_vocab, width]
   float* out;             // [n_tokens, width]
   i32 width;
@@ -101,9 +115,10 @@ struct RopeStoreArguments {
 struct AttentionArguments {
   const Step* step;
   const i32* positions;       // [n_tokens]
-  const i32* sequences;       // [n_tokens]: row of block_tables
+  const i32* sequences;       // [n_tokens]: number of the token's sequence in this step
   const i32* query_starts;    // [n_sequences + 1]: the tokens of sequence s are rows query_starts[s] .. query_starts[s + 1]
-  const i32* block_tables;    // [n_sequences, table_width]: cache block numbers
+  const i32* table_rows;      // [n_sequences]: row of block_tables
+  const i32* block_tables;    // [slots, table_width]: cache block numbers
   const float* q;             // [n_tokens, n_heads, head_dim]
   const f16_bits* k_cache;    // as in RopeStoreArguments
   const f16_bits* v_cache;
@@ -130,6 +145,8 @@ struct SamplingRow {
   float presence_penalty;  // subtracted once from tokens generated before
   float frequency_penalty; // subtracted for every time a token was generated before
   i32 first_adjustment, end_adjustment;
+  i32 slot;                // of the sequence, while it runs
+  i32 count_newest;        // 1: the token sampled last in the slot is not yet among the adjustments, and counts too
 };
 
 struct Adjustment {
@@ -144,7 +161,8 @@ struct SampleArguments {
   const Step* step;
   float* logits;                    // [n_outputs, n_vocab], changed in place
   const SamplingRow* rows;          // [n_outputs]
-  const Adjustment* adjustments;
+  const Adjustment* adjustments;    // of a row, each of another token
+  i32* newest;                      // [slots]: the token sampled last in each, read where count_newest is set, then written
   i32* tokens;                      // [n_outputs]
   float* logprobs;                  // [n_outputs]: natural logarithm of softmax(raw logits) at the token
   i32* top_tokens;                  // [n_outputs, n_top]: the n_top most probable by raw logits, best first

@@ -21,8 +21,8 @@ constexpr i64 kTasksPerThread = 4;  // with fewer tasks than these, contexts are
 constexpr i64 kScratchBytes = 32 << 20;  // enough for many rows, and always granted for one
 
 void check(const AttentionArguments& a) {
-  require(a.step && a.positions && a.query_starts && a.block_tables && a.q && a.k_cache && a.v_cache,
-          "step, positions, query_starts, block_tables, q and both caches must be set");
+  require(a.step && a.positions && a.query_starts && a.table_rows && a.block_tables && a.q && a.k_cache && a.v_cache,
+          "step, positions, query_starts, table_rows, block_tables, q and both caches must be set");
   require(a.n_heads > 0 && a.n_kv_heads > 0 && a.head_dim > 0 && a.value_dim > 0 && a.block_size > 0 &&
               a.table_width > 0,
           "sizes must be positive");
@@ -126,9 +126,10 @@ class Attention {
   i64 find_rows(const Tile& tile, i64 kv_head, i64 partition, const f16_bits* cache, i64 dim,
                 const f16_bits** rows) const {
     const i64 first = partition * kPartition, n = std::max(i64{0}, std::min(kPartition, tile.context - first));
+    const i32* table = a_.block_tables + i64{a_.table_rows[tile.sequence]} * a_.table_width;
     for (i64 i = 0; i < n; ++i) {
       const i64 position = first + i;
-      const i64 block = a_.block_tables[tile.sequence * a_.table_width + position / a_.block_size];
+      const i64 block = table[position / a_.block_size];
       rows[i] = cache + ((block * a_.n_kv_heads + kv_head) * a_.block_size + position % a_.block_size) * dim;
     }
     return n;

@@ -19,7 +19,8 @@ void run(ThreadPool& pool, Isa, const EmbedArguments& a) {
   pool.parallel_for(a.step->n_tokens, rows_per_chunk(width), [&](i64 begin, i64 end, int) {
     for (i64 token = begin; token < end; ++token) {
       float* out = a.out + token * width;
-      const i64 id = a.token_ids[token];
+      const i32 given = a.token_ids[token];
+      const i64 id = given < 0 && a.newest ? a.newest[-1 - given] : given;
       if (id < 0 || id >= a.table.n_rows) {  // no such row: zeros, rather than whatever lies beside the table
         std::fill(out, out + width, 0.0f);
         continue;

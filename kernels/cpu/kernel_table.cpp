@@ -4,7 +4,7 @@ namespace redshard {
 
 const Kernel& checked_kernel(const std::string& name, const void* arguments, std::size_t argument_bytes) {
   static const Kernel* const kernels[] = {
-      &embed_kernel,     &rms_norm_kernel, &matmul_kernel, &swiglu_kernel, &rope_store_kernel,
+      &set_tables_kernel, &embed_kernel, &rms_norm_kernel, &matmul_kernel, &swiglu_kernel, &rope_store_kernel,
       &attention_kernel, &sample_kernel,   &copy_kernel,   &fill_kernel,
   };
   for (const Kernel* kernel : kernels) {

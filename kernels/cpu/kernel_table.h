@@ -42,7 +42,7 @@ struct FillArguments {
 };
 
 // One per operation: `swiglu` in matmul.cpp, `copy` and `fill` in memory.cpp, the others in the file of their name.
-extern const Kernel embed_kernel, rms_norm_kernel, matmul_kernel, swiglu_kernel, rope_store_kernel, attention_kernel,
+extern const Kernel set_tables_kernel, embed_kernel, rms_norm_kernel, matmul_kernel, swiglu_kernel, rope_store_kernel, attention_kernel,
     sample_kernel, copy_kernel, fill_kernel;
 
 // Throws std::invalid_argument for an unknown name, a block of another size, and whatever the kernel's check refuses.

@@ -20,8 +20,8 @@ constexpr float kMinTemperature = 1e-6f;  // below, the others' weights have lon
 constexpr float kInfinity = INFINITY;
 
 void check(const SampleArguments& a) {
-  require(a.step && a.logits && a.rows && a.tokens && a.logprobs,
-          "step, logits, rows, tokens and logprobs must be set");
+  require(a.step && a.logits && a.rows && a.newest && a.tokens && a.logprobs,
+          "step, logits, rows, newest, tokens and logprobs must be set");
   require(a.n_vocab > 0, "n_vocab must be positive");
   require(a.n_top >= 0 && a.n_top <= kMaxTop, "n_top must be 0 to 20");
   require(a.n_top == 0 || (a.top_tokens && a.top_logprobs), "no room for the most probable tokens");
@@ -281,12 +281,22 @@ void sample_row(const VectorOps& ops, const SampleArguments& a, i64 index, const
   }
 
   std::vector<Candidate> raw;  // the logits that are about to change
-  for (i64 i = row.first_adjustment; i < row.end_adjustment; ++i) {
-    const Adjustment& adjustment = a.adjustments[i];
-    if (adjustment.token < 0 || adjustment.token >= a.n_vocab) continue;
+  const auto adjust = [&](const Adjustment& adjustment) {
+    if (adjustment.token < 0 || adjustment.token >= a.n_vocab) return;
     raw.push_back({logits[adjustment.token], adjustment.token});
     logits[adjustment.token] = adjusted(logits[adjustment.token], row, adjustment);
+  };
+  Adjustment newest = {row.count_newest ? a.newest[row.slot] : -1, 1, 1, 0};
+  for (i64 i = row.first_adjustment; i < row.end_adjustment; ++i) {
+    Adjustment adjustment = a.adjustments[i];
+    if (adjustment.token == newest.token) {
+      ++adjustment.seen;
+      ++adjustment.generated;
+      newest.token = -1;
+    }
+    adjust(adjustment);
   }
+  adjust(newest);
   float largest = summary.largest;
   i64 token = summary.token;
   if (!raw.empty()) largest = ops.largest(logits, a.n_vocab, &token);
@@ -295,7 +305,7 @@ void sample_row(const VectorOps& ops, const SampleArguments& a, i64 index, const
   }
   const auto changed =
       std::find_if(raw.begin(), raw.end(), [&](const Candidate& candidate) { return candidate.token == token; });
-  a.tokens[index] = static_cast<i32>(token);
+  a.tokens[index] = a.newest[row.slot] = static_cast<i32>(token);
   a.logprobs[index] = summary.logprob(changed == raw.end() ? logits[token] : changed->logit);
 }
 

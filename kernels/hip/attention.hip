@@ -26,6 +26,11 @@ DEVICE inline i32 queries_of(const AttentionArguments& a, i32 sequence) {
   return a.query_starts[sequence + 1] - a.query_starts[sequence];
 }
 
+// The blocks of a sequence.
+DEVICE inline const i32* table_of(const AttentionArguments& a, i32 sequence) {
+  return a.block_tables + (i64)a.table_rows[sequence] * a.table_width;
+}
+
 // Row of cache head `head` at a position of a sequence.
 DEVICE inline i64 cache_row(const AttentionArguments& a, const i32* table, i32 position, i32 head) {
   const i64 block = table[position / a.block_size];
@@ -54,7 +59,7 @@ STREAM_KERNEL(attention_vector, VECTOR_THREADS, 512)(const AttentionArguments a)
   const i32 kv_head = group_y() / GROUPS_PER_KV, first_in_kv = group_y() % GROUPS_PER_KV * GROUP;
   const i32 n_heads = HEADS_PER_KV - first_in_kv < GROUP ? HEADS_PER_KV - first_in_kv : GROUP;
   const i32 first_head = kv_head * HEADS_PER_KV + first_in_kv;
-  const i32* table = a.block_tables + (i64)sequence * a.table_width;
+  const i32* table = table_of(a, sequence);
   const i32 part_lane = lane_index() % LANES, row_of_wave = lane_index() / LANES;
   constexpr i32 ROWS = VECTOR_THREADS / LANES;   // rows the workgroup reads at a time
   const i32 first_row = wave_index() * (WAVE / LANES) + row_of_wave;
@@ -246,7 +251,7 @@ KERNEL(attention_tile, ATTENTION_THREADS)(const AttentionArguments a) {
   const QueryTile tile = query_tile(a, group_x());
   if (tile.count == 0) return;
   const i32 head = group_y(), kv_head = head / HEADS_PER_KV, wave = wave_index();
-  const i32* table = a.block_tables + (i64)tile.sequence * a.table_width;
+  const i32* table = table_of(a, tile.sequence);
   const i32 first_position = a.positions[tile.first];      // the queries' positions follow one another
 
   for (i32 i = thread_index(); i < QUERIES * KEY_TILES * 16; i += ATTENTION_THREADS) {

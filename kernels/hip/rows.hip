@@ -31,7 +31,14 @@ DEVICE inline void embed_row(const EmbedArguments& a, i32 row, float* out) {
 KERNEL(embed, ROW_THREADS)(const EmbedArguments a) {
   wait_for_previous_launch();
   const i32 t = group_x();
-  if (t < a.step->n_tokens) embed_row<WEIGHT_TYPE>(a, a.token_ids[t], a.out + (i64)t * a.width);
+  if (t >= a.step->n_tokens) return;
+  const i32 given = a.token_ids[t], id = given < 0 ? a.newest[-1 - given] : given;
+  float* out = a.out + (i64)t * a.width;
+  if (id >= 0) {
+    embed_row<WEIGHT_TYPE>(a, id, out);
+  } else {   // nothing could be sampled: zeros, rather than whatever lies beside the table
+    for (i32 k = thread_index(); k < a.width; k += ROW_THREADS) out[k] = 0.0f;
+  }
 }
 #endif
 

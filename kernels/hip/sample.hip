@@ -33,6 +33,7 @@ struct Board {
   i32 picked;
   u64 before;              // sum of the bins before the picked one
   float raw;
+  i32 newest;              // the token sampled last, if it counts and the adjustments do not list it; else -1
   i32 n_top;
   u32 top_key[MAX_TOP];
   i32 top_token[MAX_TOP];
@@ -343,15 +344,40 @@ DEVICE inline float unadjusted(float logit, const SamplingRow& sampling, const A
   return logit - adjustment.bias;
 }
 
-// The adjustments of a row, each of another token. They overwrite logits: a thread holds the raw ones of its first few.
+// The adjustments of a row, each of another token: those listed, with the token sampled last counted in, which is one more
+// where they do not list it. They overwrite logits: a thread holds the raw ones of its first few.
 struct Adjusted {
   const Adjustment* list;
-  i32 n;
+  i32 n_listed, n, counted;   // `counted`: the token sampled last, or -1
+  i32 unlisted;               // the same where it is not listed
   float raw[HELD];
+
+  DEVICE_METHOD void count(const SampleArguments& a, const SamplingRow& sampling, Board& board) {
+    list = a.adjustments + sampling.first_adjustment;
+    n = n_listed = sampling.end_adjustment - sampling.first_adjustment;
+    counted = unlisted = sampling.count_newest ? a.newest[sampling.slot] : -1;
+    if (counted < 0) return;
+    if (thread_index() == 0) board.newest = counted;
+    barrier();
+    for (i32 i = thread_index(); i < n_listed; i += SAMPLE_THREADS)
+      if (list[i].token == counted) board.newest = -1;
+    barrier();
+    unlisted = uniform(board.newest);
+    n = n_listed + 1;
+  }
+
+  DEVICE_METHOD Adjustment at(i32 i) const {
+    if (i >= n_listed) return {unlisted, 1, 1, 0.0f};
+    Adjustment adjustment = list[i];
+    const i32 more = counted >= 0 && adjustment.token == counted;
+    adjustment.seen += more;
+    adjustment.generated += more;
+    return adjustment;
+  }
 
   // Of thread's adjustment number i, the token; -1 where there is no such adjustment or token.
   DEVICE_METHOD i32 token(i32 i, i32 n_vocab) const {
-    const i32 token = i < n ? list[i].token : -1;
+    const i32 token = i < n_listed ? list[i].token : i < n ? unlisted : -1;
     return token < n_vocab ? token : -1;
   }
 
@@ -361,11 +387,11 @@ struct Adjusted {
       const i32 i = thread_index() + k * SAMPLE_THREADS, t = token(i, n_vocab);
       if (t < 0) continue;
       raw[k] = logits[t];
-      logits[t] = adjusted(raw[k], sampling, list[i]);
+      logits[t] = adjusted(raw[k], sampling, at(i));
     }
     for (i32 i = thread_index() + HELD * SAMPLE_THREADS; i < n; i += SAMPLE_THREADS) {
       const i32 t = token(i, n_vocab);
-      if (t >= 0) logits[t] = adjusted(logits[t], sampling, list[i]);
+      if (t >= 0) logits[t] = adjusted(logits[t], sampling, at(i));
     }
     barrier();
   }
@@ -377,7 +403,7 @@ struct Adjusted {
     for (i32 k = 0; k < HELD; k++)
       if (token(thread_index() + k * SAMPLE_THREADS, row.n) == wanted) board.raw = raw[k];
     for (i32 i = thread_index() + HELD * SAMPLE_THREADS; i < n; i += SAMPLE_THREADS)
-      if (token(i, row.n) == wanted) board.raw = unadjusted(row.logits[wanted], sampling, list[i]);
+      if (token(i, row.n) == wanted) board.raw = unadjusted(row.logits[wanted], sampling, at(i));
     barrier();
     return uniform(board.raw);
   }
@@ -394,7 +420,8 @@ KERNEL(sample, SAMPLE_THREADS)(const SampleArguments a) {
   const Summary raw = summarize(row, board);
   if (a.n_top > 0) list_top(a, row, raw, board);
 
-  Adjusted changes = {a.adjustments + sampling.first_adjustment, sampling.end_adjustment - sampling.first_adjustment, {}};
+  Adjusted changes;
+  changes.count(a, sampling, board);
   Summary summary = raw;
   if (changes.n > 0) {
     changes.apply(sampling, logits, a.n_vocab);
@@ -404,6 +431,6 @@ KERNEL(sample, SAMPLE_THREADS)(const SampleArguments a) {
   if (sampling.temperature > 0.0f && is_finite(summary.largest)) token = draw_token(sampling, row, summary, board);
   const float logit = changes.raw_logit(sampling, row, token, board);
   if (thread_index() > 0) return;
-  a.tokens[index] = token;
+  a.tokens[index] = a.newest[sampling.slot] = token;
   a.logprobs[index] = logprob(raw, logit);
 }

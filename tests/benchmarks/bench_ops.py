@@ -124,6 +124,7 @@ class Bench:
         positions = np.tile(np.arange(context - n_queries, context, dtype=np.int32), n_sequences)
         sequences = np.repeat(np.arange(n_sequences, dtype=np.int32), n_queries)
         starts = np.arange(0, rows + 1, n_queries, dtype=np.int32)
+        table_rows = np.arange(n_sequences, dtype=np.int32)
         q = self.rng.standard_normal((rows, N_HEADS, HEAD_DIM), np.float32)
         out, parts = self.activation(rows, N_HEADS * HEAD_DIM)
         scratch = np.zeros(_cpu.attention_scratch_bytes(rows, N_HEADS, HEAD_DIM, context), np.uint8)
@@ -134,6 +135,7 @@ class Bench:
                 positions=positions.ctypes.data,
                 sequences=sequences.ctypes.data,
                 query_starts=starts.ctypes.data,
+                table_rows=table_rows.ctypes.data,
                 block_tables=tables.ctypes.data,
                 q=q.ctypes.data,
                 k_cache=keys.ctypes.data,
@@ -152,7 +154,7 @@ class Bench:
             )
             for keys, values in caches
         ]
-        kept = (caches, tables, positions, sequences, starts, q, parts, scratch, step)
+        kept = (caches, tables, table_rows, positions, sequences, starts, q, parts, scratch, step)
         return self.case(f"attention, {name}", "attention", blocks, *kept)
 
     def sample(self, name: str, rows: int, n_top: int = 0, **settings: float) -> Case:
@@ -162,11 +164,13 @@ class Bench:
         )
         tokens, logprobs = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
         top = np.zeros((2, rows, 20), np.int32)
+        newest = np.zeros(rows, np.int32)
         step = Step(rows, rows, rows, 0)
         block = SampleArguments(
             step=ctypes.addressof(step),
             logits=logits.ctypes.data,
             rows=ctypes.addressof(sampling),
+            newest=newest.ctypes.data,
             tokens=tokens.ctypes.data,
             logprobs=logprobs.ctypes.data,
             top_tokens=top[0].ctypes.data,
@@ -174,7 +178,7 @@ class Bench:
             n_vocab=N_VOCAB,
             n_top=n_top,
         )
-        kept = (logits, sampling, tokens, logprobs, top, step)
+        kept = (logits, sampling, newest, tokens, logprobs, top, step)
         return self.case(f"sample, {rows} x {N_VOCAB}, {name}", "sample", [block], *kept)
 
 

@@ -25,12 +25,18 @@ import ray  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from redshard.cluster.pipeline.stage_graph import Pipeline  # noqa: E402
-from redshard.cluster.pipeline.wire import decode_batch, decode_result, encode_batch, encode_result  # noqa: E402
-from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, StepBatch, StepResult  # noqa: E402
+from redshard.cluster.pipeline.stage_graph import StageGraph  # noqa: E402
+from redshard.cluster.pipeline.wire import (  # noqa: E402
+    decode_batch,
+    decode_hidden,
+    decode_result,
+    encode_batch,
+    encode_hidden,
+    encode_result,
+)
+from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, TABLE_ENTRY_DTYPE, StepBatch, StepResult  # noqa: E402
 
 WIDTH = 896
-BLOCKS = 32
 #: (stages, tokens of a step)
 SETTINGS = [(1, 1), (1, 16), (2, 1), (2, 16), (2, 256), (3, 16), (4, 16)]
 
@@ -41,14 +47,16 @@ class EmptyStage:
     def __init__(self, is_last: bool) -> None:
         self._is_last = is_last
 
-    def step(self, message: bytes) -> bytes:
+    def step(self, message: bytes, hidden: bytes = b"") -> bytes:
         """As `StageActor.step`."""
         if not message:
             return message
-        batch, _ = decode_batch(message)
+        batch = decode_batch(message)
+        if hidden:
+            decode_hidden(hidden)
         n = len(batch.token_ids)
         if not self._is_last:
-            return encode_batch(batch, np.zeros((n, WIDTH), np.float32))
+            return encode_hidden(np.zeros((n, WIDTH), np.float32))
         none = np.empty((n, 0), np.int32)
         return encode_result(
             StepResult(batch.step_id, batch.token_ids, np.zeros(n, np.float32), none, none.view(np.float32))
@@ -64,10 +72,10 @@ class ActorCalls:
 
     def submit(self, batch: StepBatch) -> None:
         """Send a step to the first stage."""
-        message: Any = encode_batch(batch)
+        message, hidden = encode_batch(batch), b""
         for actor in self._actors:
-            message = actor.step.remote(message)
-        self._in_flight.append(message)
+            hidden = actor.step.remote(message, hidden)
+        self._in_flight.append(hidden)
 
     def collect(self) -> StepResult:
         """Wait for the oldest step."""
@@ -91,7 +99,7 @@ class Driver:
     def _time(self, way: str, n_stages: int, n_tokens: int, n_steps: int) -> float:
         stage: Any = ray.remote(EmptyStage)
         actors = [stage.options(num_cpus=0).remote(i == n_stages - 1) for i in range(n_stages)]
-        pipeline: Any = ActorCalls(actors) if way == "calls" else Pipeline(actors, n_stages, deadline_s=60)
+        pipeline: Any = ActorCalls(actors) if way == "calls" else StageGraph(actors, n_stages, deadline_s=60)
         _run(pipeline, n_stages, n_tokens, 20)
         began = time.perf_counter()
         _run(pipeline, n_stages, n_tokens, n_steps)
@@ -117,7 +125,8 @@ def _batch(step: int, n: int) -> StepBatch:
         token_ids=np.zeros(n, np.int32),
         positions=np.zeros(n, np.int32),
         query_starts=np.arange(n + 1, dtype=np.int32),
-        block_tables=np.zeros((n, BLOCKS), np.int32),
+        slots=np.arange(n, dtype=np.int32),
+        table_entries=np.empty(0, TABLE_ENTRY_DTYPE),
         output_rows=np.arange(n, dtype=np.int32),
         sampling=np.zeros(n, SAMPLING_ROW_DTYPE),
     )

@@ -32,7 +32,7 @@ from support.stage_process import connect  # noqa: E402
 from redshard.loader.gguf.gguf_file import GGUFFile  # noqa: E402
 from redshard.loader.model.model_config import ModelConfig  # noqa: E402
 from redshard.worker.model.forward import StagePart  # noqa: E402
-from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, StepBatch  # noqa: E402
+from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, TABLE_ENTRY_DTYPE, StepBatch  # noqa: E402
 from redshard.worker.model.step_inputs import StepLimits  # noqa: E402
 
 BLOCK = 32
@@ -94,13 +94,16 @@ class Bench:
 
 
 class Sequence:
-    """Tokens of a sequence, how many of them lie in the cache, and in which blocks."""
+    """Tokens of a sequence, how many of them lie in the cache, and where: `width` blocks for each slot."""
 
-    def __init__(self, prompt: np.ndarray, blocks: np.ndarray) -> None:
+    def __init__(self, prompt: np.ndarray, slot: int, width: int) -> None:
         self.tokens = [int(token) for token in prompt]
         self.n_prompt = len(prompt)
         self.n_cached = 0
-        self.blocks = blocks
+        self.slot = slot
+        self.table_entries = np.empty(width, TABLE_ENTRY_DTYPE)
+        self.table_entries["row"], self.table_entries["column"] = slot, np.arange(width)
+        self.table_entries["block"] = slot * width + np.arange(width)
 
     def answer(self) -> list[int]:
         """The tokens that followed the prompt."""
@@ -112,11 +115,8 @@ def prompts(bench: Bench, lengths: list[int]) -> list[Sequence]:
     rng = np.random.default_rng(0)
     width = bench.limits.table_width
     return [
-        Sequence(
-            rng.integers(0, bench.config.n_vocab, length),
-            np.arange(i * width, (i + 1) * width, dtype=np.int32),
-        )
-        for i, length in enumerate(lengths)
+        Sequence(rng.integers(0, bench.config.n_vocab, length), slot, width)
+        for slot, length in enumerate(lengths)
     ]
 
 
@@ -126,6 +126,7 @@ def next_step(sequences: list[Sequence], at_most: int) -> StepBatch:
     starts = np.cumsum([0, *map(len, pieces)]).astype(np.int32)
     sampling = np.zeros(len(pieces), SAMPLING_ROW_DTYPE)
     sampling["top_p"] = sampling["repeat_penalty"] = 1
+    sampling["slot"] = slots = np.array([sequence.slot for sequence in sequences], np.int32)
     return StepBatch(
         step_id=0,
         token_ids=np.concatenate(pieces).astype(np.int32),
@@ -133,7 +134,10 @@ def next_step(sequences: list[Sequence], at_most: int) -> StepBatch:
             [s.n_cached + np.arange(len(piece)) for s, piece in zip(sequences, pieces, strict=True)]
         ).astype(np.int32),
         query_starts=starts,
-        block_tables=np.stack([sequence.blocks for sequence in sequences]),
+        slots=slots,
+        table_entries=np.concatenate(
+            [np.empty(0, TABLE_ENTRY_DTYPE), *(s.table_entries for s in sequences if not s.n_cached)]
+        ),
         output_rows=starts[1:] - 1,
         sampling=sampling,
     )
@@ -198,7 +202,7 @@ def handoff_times(bench: Bench, chain: Chain, n_rows: int) -> tuple[float, ...]:
     times = []
     for repeats in (max(1, bench.repeats // 10), bench.repeats):
         first.ask("send_rows", batch, repeats)
-        last.ask("take_rows", repeats)
+        last.ask("take_rows", n_rows, repeats)
         times = list(zip(first.answer(bench.left()), last.answer(bench.left()), strict=True))
     marks = np.array([[*sent, *taken] for sent, taken in times])
     wait, message, take = np.median(np.diff(marks), axis=0) * 1e6

@@ -20,7 +20,7 @@ from redshard.loader.model.model_config import ModelConfig
 from redshard.worker.device.base import Device
 from redshard.worker.device.choose import open_device
 from redshard.worker.model.forward import StagePart
-from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, StepBatch
+from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, TABLE_ENTRY_DTYPE, StepBatch
 from redshard.worker.model.step_inputs import StepLimits
 from redshard.worker.worker import Worker
 
@@ -46,6 +46,11 @@ class Bench:
         part = StagePart(range(self.config.n_layers), is_first=True, is_last=True)
         self.stats = self.worker.load(path, part, limits)
         self._rng = np.random.default_rng(0)
+        self._table_entries = np.zeros(limits.n_kv_blocks, TABLE_ENTRY_DTYPE)
+        self._table_entries["block"] = np.arange(limits.n_kv_blocks)
+        self._table_entries["row"], self._table_entries["column"] = np.divmod(
+            np.arange(limits.n_kv_blocks), self.blocks_each
+        )
 
     def step(self, n_sequences: int, n_tokens: int, position: int) -> float:
         """Seconds of a step with `n_tokens` of each sequence from `position` on."""
@@ -53,18 +58,25 @@ class Bench:
         starts = np.arange(n_sequences + 1, dtype=np.int32) * n_tokens
         sampling = np.zeros(n_sequences, SAMPLING_ROW_DTYPE)
         sampling["repeat_penalty"] = sampling["top_p"] = 1.0
+        sampling["slot"] = np.arange(n_sequences)
         batch = StepBatch(
             step_id=0,
             token_ids=self._rng.integers(0, self.config.n_vocab, n).astype(np.int32),
             positions=np.tile(position + np.arange(n_tokens, dtype=np.int32), n_sequences),
             query_starts=starts,
-            block_tables=np.arange(n_sequences * self.blocks_each, dtype=np.int32).reshape(n_sequences, -1),
+            slots=np.arange(n_sequences, dtype=np.int32),
+            table_entries=self._take_table_entries(),
             output_rows=starts[1:] - 1,
             sampling=sampling,
         )
         start = time.perf_counter()
         self.worker.run(batch)
         return time.perf_counter() - start
+
+    def _take_table_entries(self) -> np.ndarray:
+        """The blocks of all sequences the first time, nothing afterwards."""
+        entries, self._table_entries = self._table_entries, self._table_entries[:0]
+        return entries
 
     def decode(self, n_sequences: int, position: int, steps: int) -> float:
         """Median seconds of a decode step."""

@@ -63,7 +63,7 @@ class Unit:
 
 def units() -> list[Unit]:
     """Everything that is compiled for a target."""
-    found = [Unit("planes"), Unit("rope_store"), Unit("rows"), Unit("sample")]
+    found = [Unit("planes"), Unit("rope_store"), Unit("rows"), Unit("sample"), Unit("tables")]
     for weight_type in GPU_WEIGHT_TYPES:
         macros = (("WEIGHT_TYPE", weight_type.ggml_id),)
         found += [

@@ -194,9 +194,10 @@ def test_embed(
 ) -> None:
     width = width_of(quant_type, 5, 77)
     weights = Weights.random(rng, quant_type, 7, width)
-    token_ids = np.array([6, 0, 3], np.int32)
+    token_ids, newest = np.array([6, -2, 3], np.int32), np.array([5, 0], np.int32)
     gpu.bucket = 4
-    out = native_ops.embed(gpu, weights.planes, quant_type.ggml_id, width, token_ids, 1.25)
+    out = native_ops.embed(gpu, weights.planes, quant_type.ggml_id, width, token_ids, 1.25, newest)
+    token_ids[1] = newest[1]
     record(
         table, gpu, quant_type.name, error(out, reference_ops.embed(weights.values, token_ids, 1.25)), FLOAT32
     )
@@ -414,6 +415,16 @@ def test_attention(gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Genera
     )
 
 
+def test_set_tables(gpu: EmulatedGpu, table: EmulatedTable, rng: np.random.Generator) -> None:
+    tables = rng.integers(0, 1 << 20, 3000).astype(np.int32)
+    changes = np.stack([rng.permutation(3000)[:2000], rng.integers(0, 1 << 20, 2000)], axis=1).astype(
+        np.int32
+    )
+    out = native_ops.set_tables(gpu, tables, changes, 1500)
+    tables[changes[:1500, 0]] = changes[:1500, 1]
+    record(table, gpu, "", float((out != tables).any()), 0.0)
+
+
 SAMPLE_CASES = {
     "greedy": [Sampling(), Sampling(temperature=0.0, top_k=3)],
     "temperature": [Sampling(seed, 1, temperature=t) for seed, t in ((1, 0.75), (2, 4.0), (3, 1e-30))],
@@ -426,7 +437,9 @@ SAMPLE_CASES = {
             presence_penalty=0.5, frequency_penalty=0.25,
             adjustments=[(5, 1, 2, 0.5), (-1, 1, 1, 100.0), (600, 1, 1, 100.0), (7, 3, 0, 1.0), (9, 0, 0,
             4.0)],
-        )
+        ),
+        Sampling(7, 1, temperature=0.75, frequency_penalty=0.5, adjustments=[(5, 1, 2, 0.5)], newest=5),
+        Sampling(8, 1, repeat_penalty=1.5, adjustments=[(5, 1, 2, 0.5)], newest=8),
     ],
 }  # fmt: skip
 

@@ -33,6 +33,14 @@ def test_embed(runtime: _cpu.Runtime, rng: np.random.Generator, quant_type: Quan
     np.testing.assert_allclose(out, reference_ops.embed(table, token_ids, 1.5), rtol=1e-6, atol=1e-7)
 
 
+def test_embed_looks_up_what_was_sampled_last(runtime: _cpu.Runtime, rng: np.random.Generator) -> None:
+    table = rng.standard_normal((9, 8)).astype(np.float32)
+    newest = np.array([4, 8, -1, 0], np.int32)
+    token_ids = np.array([3, -1, -3, -4, -2], np.int32)
+    out = native_ops.embed(runtime, table.view(np.uint8), QuantType.F32.ggml_id, 8, token_ids, 1.0, newest)
+    np.testing.assert_array_equal(out, np.stack([table[3], table[4], np.zeros(8), table[0], table[8]]))
+
+
 def test_embed_gives_zeros_for_ids_outside_the_table(runtime: _cpu.Runtime) -> None:
     table = np.ones((3, 8), np.float32)
     token_ids = np.array([-1, 3, 2, 2**31 - 1], np.int32)

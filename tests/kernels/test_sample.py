@@ -142,6 +142,8 @@ def test_penalties_and_bias(runtime: _cpu.Runtime, rng: np.random.Generator) -> 
                     (int(token), int(rng.integers(0, 3)), int(rng.integers(0, 3)), float(rng.normal()))
                     for token in tokens
                 ],
+                # Sometimes among the adjustments, sometimes not.
+                newest=[None, int(tokens[0]), int(logits[row].argmax()), int(rng.integers(n_vocab))][row % 4],
             )
         )
     out = native_ops.sample(runtime, logits, rows)

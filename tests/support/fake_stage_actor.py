@@ -27,6 +27,7 @@ class FakeStageActor(StageActor):
         self._stage_number = stage
         self._progress = (0, 0)
         self._step_began = None
+        self._launched = None
 
     def report(self) -> DeviceReport:
         """A device of 8 GiB."""
@@ -44,6 +45,19 @@ class FakeStageActor(StageActor):
         self._fake = FakeStage(self._stage_number, n_stages, limits.n_kv_blocks, limits.block_size)
         self._progress = (1, 1)
         return {"layers": len(part.layers)}
+
+    @property
+    def runs_behind(self) -> bool:
+        """As a GPU that has the whole model."""
+        return self._fake.n_stages == 1
+
+    def launch(self, batch: StepBatch) -> Any:
+        """Nothing waits for what is launched here."""
+        return self.run(batch)
+
+    def finish(self, launched: Any) -> Any:
+        """What was launched."""
+        return launched
 
     def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
         """One step of the toy model."""

@@ -69,8 +69,8 @@ class GpuMemory:
     def put_optional(self, array: np.ndarray | None) -> int:
         return 0 if array is None else self.put(array)
 
-    def put_step(self, n_tokens: int, n_sequences: int = 1, n_outputs: int = 0) -> int:
-        return self.put(np.frombuffer(bytes(Step(n_tokens, n_sequences, n_outputs, 0)), np.uint8))
+    def put_step(self, n_tokens: int, n_sequences: int = 1, n_outputs: int = 0, *, n_changes: int = 0) -> int:
+        return self.put(np.frombuffer(bytes(Step(n_tokens, n_sequences, n_outputs, n_changes)), np.uint8))
 
     def put_matrix(self, blocks: np.ndarray, quant_type: QuantType, bias: np.ndarray | None = None) -> Matrix:
         """A matrix of GGUF blocks, uint8 (rows, bytes of a row), uploaded in two runs as a worker would."""

@@ -20,6 +20,7 @@ from redshard.worker.device.arguments import (
     RopeStoreArguments,
     SampleArguments,
     SamplingRow,
+    SetTablesArguments,
     Step,
 )
 
@@ -96,6 +97,14 @@ def _address(array: np.ndarray | None) -> int:
     return array.ctypes.data
 
 
+def set_tables(runtime: _cpu.Runtime, tables: np.ndarray, changes: np.ndarray, n_changes: int) -> np.ndarray:
+    """Tables int32 (n,) after the first so many changes int32 (m, 2), of a place and its new block."""
+    step, out = Step(1, 1, 0, n_changes), Guarded.holding(tables)
+    arguments = SetTablesArguments(ctypes.addressof(step), _address(changes), out.address)
+    runtime.launch("set_tables", bytes(arguments))
+    return out.checked()
+
+
 def embed(
     runtime: _cpu.Runtime,
     blocks: np.ndarray,
@@ -103,13 +112,20 @@ def embed(
     width: int,
     token_ids: np.ndarray,
     scale: float,
+    newest: np.ndarray | None = None,
 ) -> np.ndarray:
     """Rows of a table given as GGUF blocks, uint8 (n_vocab, bytes of a row)."""
     step, out = Step(len(token_ids), 1, 0, 0), Output.make(len(token_ids), width, "values")
     assert out.values
     table = Matrix(_address(blocks), 0, ggml_type, len(blocks))
     arguments = EmbedArguments(
-        ctypes.addressof(step), _address(token_ids), table, out.values.address, width, scale
+        ctypes.addressof(step),
+        _address(token_ids),
+        _address(newest),
+        table,
+        out.values.address,
+        width,
+        scale,
     )
     runtime.launch("embed", bytes(arguments))
     return out.float_rows()
@@ -216,6 +232,9 @@ def attention(
         context = int(positions.max(initial=0)) + 1
         scratch_bytes = _cpu.attention_scratch_bytes(n_tokens, n_heads, value_dim, context)
     scratch = Guarded((scratch_bytes // 4,))
+    table_rows = np.arange(len(sequences), dtype=np.int32)[::-1].copy()
+    shuffled = np.full_like(cache.block_tables, -1, shape=(len(sequences) + 1, cache.block_tables.shape[1]))
+    shuffled[table_rows] = cache.block_tables[: len(sequences)]
     step = Step(n_tokens, len(sequences), 0, 0)
     out = Output.make(n_tokens, n_heads * value_dim, form)
     arguments = AttentionArguments(
@@ -223,7 +242,8 @@ def attention(
         positions=_address(positions),
         sequences=_address(rows),
         query_starts=_address(starts),
-        block_tables=_address(cache.block_tables),
+        table_rows=_address(table_rows),
+        block_tables=_address(shuffled),
         q=_address(q),
         k_cache=_address(cache.keys),
         v_cache=_address(cache.values),
@@ -244,6 +264,20 @@ def attention(
     return out
 
 
+def slot_of(row: int) -> int:
+    """A slot for each row of a test, in another order than the rows."""
+    return row ^ 1
+
+
+def newest_tokens(rows: Sequence[Sampling]) -> np.ndarray:
+    """The token sampled last in each slot, int32, where the rows have one."""
+    newest = np.full(len(rows) + 1, -7, np.int32)
+    for index, row in enumerate(rows):
+        if row.newest is not None:
+            newest[slot_of(index)] = row.newest
+    return newest
+
+
 @dataclass(frozen=True)
 class Sampled:
     """Int32 (n,), float32 (n,), int32 (n, n_top), float32 (n, n_top)."""
@@ -259,13 +293,15 @@ def sample(runtime: _cpu.Runtime, logits: np.ndarray, rows: Sequence[Sampling], 
     n, n_vocab = logits.shape
     own_logits = Guarded.holding(logits)
     packed_rows, packed_adjustments = (SamplingRow * n)(), []
-    for packed, row in zip(packed_rows, rows, strict=True):
-        for name, _ in SamplingRow._fields_[:-2]:
+    for index, (packed, row) in enumerate(zip(packed_rows, rows, strict=True)):
+        for name, _ in SamplingRow._fields_[:-4]:
             setattr(packed, name, getattr(row, name))
         packed.first_adjustment = len(packed_adjustments)
         packed_adjustments += [Adjustment(*entry) for entry in row.adjustments]
         packed.end_adjustment = len(packed_adjustments)
+        packed.slot, packed.count_newest = slot_of(index), row.newest is not None
     adjustments = (Adjustment * len(packed_adjustments))(*packed_adjustments)
+    newest = newest_tokens(rows)
     tokens, logprobs = Guarded((n,), np.int32), Guarded((n,))
     top_tokens, top_logprobs = Guarded((n, n_top), np.int32), Guarded((n, n_top))
     step = Step(n, n, n, 0)
@@ -274,6 +310,7 @@ def sample(runtime: _cpu.Runtime, logits: np.ndarray, rows: Sequence[Sampling], 
         logits=own_logits.address,
         rows=ctypes.addressof(packed_rows),
         adjustments=ctypes.addressof(adjustments),
+        newest=_address(newest),
         tokens=tokens.address,
         logprobs=logprobs.address,
         top_tokens=top_tokens.address,
@@ -283,4 +320,5 @@ def sample(runtime: _cpu.Runtime, logits: np.ndarray, rows: Sequence[Sampling], 
     )
     runtime.launch("sample", bytes(arguments))
     own_logits.checked()
+    assert newest[[slot_of(i) for i in range(n)]].tolist() == tokens.array.tolist()
     return Sampled(tokens.checked(), logprobs.checked(), top_tokens.checked(), top_logprobs.checked())

@@ -131,12 +131,17 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     adjustments: list[tuple[int, int, int, float]] = field(default_factory=list)
+    newest: int | None = None  # sampled last, and not yet counted in the adjustments
 
 
 def adjust(logits: np.ndarray, row: Sampling) -> np.ndarray:
     """Bias first, then the penalties, in float32."""
     out = logits.astype(np.float32)
-    for token, seen, generated, bias in row.adjustments:
+    entries = {token: (seen, generated, bias) for token, seen, generated, bias in row.adjustments}
+    if row.newest is not None:
+        seen, generated, bias = entries.get(row.newest, (0, 0, 0.0))
+        entries[row.newest] = seen + 1, generated + 1, bias
+    for token, (seen, generated, bias) in entries.items():
         logit = out[token] + np.float32(bias)
         if seen > 0:
             penalty = np.float32(row.repeat_penalty)

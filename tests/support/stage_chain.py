@@ -14,7 +14,7 @@ from typing import Any
 from support.stage_process import StageProcess, connect
 
 from redshard.cluster.pipeline.stage_actor import StageActor
-from redshard.cluster.pipeline.wire import decode_batch, decode_result, encode_batch
+from redshard.cluster.pipeline.wire import decode_hidden, decode_result, encode_batch, encode_hidden
 from redshard.worker.configuration import Deadlines, WorkerConfiguration
 from redshard.worker.device.base import DeviceError
 from redshard.worker.device.gpu import GpuDevice
@@ -35,7 +35,9 @@ class LinkedStage(StageActor):
     def serve(self, n_steps: int) -> None:
         """Run so many steps as their messages come."""
         for _ in range(n_steps):
-            self._outbound.send_bytes(self.step(self._inbound.recv_bytes()))
+            batch, *hidden = self._inbound.recv()
+            out = self.step(batch, *hidden) or self.step(b"")  # a stage alone runs one step behind
+            self._outbound.send((batch, out))
 
     def reaches(self) -> str:
         """The device, and whether it reaches its neighbour's memory."""
@@ -58,20 +60,18 @@ class LinkedStage(StageActor):
             began = time.perf_counter()
             hidden = self._worker.handoff.send(len(batch.token_ids))
             waited = time.perf_counter()
-            self._outbound.send_bytes(encode_batch(batch, hidden))
+            self._outbound.send_bytes(encode_hidden(hidden))
             times.append((began, waited))
         return times
 
-    def take_rows(self, repeats: int) -> list[tuple[float, float]]:
+    def take_rows(self, n_tokens: int, repeats: int) -> list[tuple[float, float]]:
         """Take over what `send_rows` sends: when each message arrived, and when its rows were in place."""
         times = []
         for _ in range(repeats):
             self._inbound.send_bytes(b"ready")
             message = self._inbound.recv_bytes()
             arrived = time.perf_counter()
-            batch, hidden = decode_batch(message)
-            assert hidden is not None
-            self._worker.handoff.take(hidden, len(batch.token_ids))
+            self._worker.handoff.take(decode_hidden(message), n_tokens)
             self._worker.device.synchronize()
             times.append((arrived, time.perf_counter()))
         return times
@@ -136,7 +136,7 @@ class Chain:
 
     def submit(self, batch: StepBatch) -> None:
         """Send a step to the first stage."""
-        self._source.send_bytes(encode_batch(batch))
+        self._source.send((encode_batch(batch),))
 
     def collect(self) -> StepResult:
         """The oldest step's result. Raises what a stage raised, or TimeoutError."""
@@ -148,7 +148,7 @@ class Chain:
             for stage in [answers[one] for one in ready if one is not self._sink]:
                 self._serving.remove(stage)
                 stage.answer(self.left())
-        return decode_result(self._sink.recv_bytes())
+        return decode_result(self._sink.recv()[1])
 
     def end(self) -> None:
         """Wait until the stages have run all steps."""

@@ -16,7 +16,7 @@ from redshard.loader.model.model_config import ModelConfig
 from redshard.worker.device.base import Device
 from redshard.worker.device.choose import open_device
 from redshard.worker.model.forward import StagePart
-from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_batch import TABLE_ENTRY_DTYPE, StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
 from redshard.worker.worker import Worker
 
@@ -66,21 +66,21 @@ class Pipeline:
     def batch(self, pieces: Sequence[tuple[CachedSequence, Sequence[int]]]) -> StepBatch:
         """A step of the next tokens of several sequences, every row an output. Advances the sequences."""
         starts = np.cumsum([0, *(len(tokens) for _, tokens in pieces)], dtype=np.int32)
-        tables = np.full((len(pieces), self.limits.table_width), -1, np.int32)
-        positions = []
-        for row, (sequence, tokens) in enumerate(pieces):
+        entries, positions = [], []
+        for slot, (sequence, tokens) in enumerate(pieces):
             positions.append(sequence.length + np.arange(len(tokens), dtype=np.int32))
             sequence.length += len(tokens)
             while len(sequence.blocks) * self.limits.block_size < sequence.length:
                 sequence.blocks.append(self._free.pop())
-            tables[row, : len(sequence.blocks)] = sequence.blocks
+            entries += [(slot, column, block) for column, block in enumerate(sequence.blocks)]
         self._step_id += 1
         return StepBatch(
             step_id=self._step_id,
             token_ids=np.concatenate([tokens for _, tokens in pieces]).astype(np.int32),
             positions=np.concatenate(positions),
             query_starts=starts,
-            block_tables=tables,
+            slots=np.arange(len(pieces), dtype=np.int32),
+            table_entries=np.array(entries, TABLE_ENTRY_DTYPE),
             output_rows=np.arange(starts[-1], dtype=np.int32),
         )
 

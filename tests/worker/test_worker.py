@@ -23,7 +23,7 @@ from redshard.worker.device.choose import open_device
 from redshard.worker.gpu_worker import GpuWorker
 from redshard.worker.memory.packing import PoolError
 from redshard.worker.model.forward import StagePart
-from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_batch import TABLE_ENTRY_DTYPE, StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
 from redshard.worker.model.step_memory import step_bytes
 from redshard.worker.worker import Worker
@@ -48,7 +48,8 @@ def _batch(n_tokens: int = 3) -> StepBatch:
         token_ids=positions + 5,
         positions=positions,
         query_starts=np.array([0, n_tokens], np.int32),
-        block_tables=np.array([[2]], np.int32),
+        slots=np.zeros(1, np.int32),
+        table_entries=np.array([(0, 0, 2)], TABLE_ENTRY_DTYPE),
         output_rows=positions,
         return_logits=True,
     )

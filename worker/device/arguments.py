@@ -19,7 +19,7 @@ class Step(ctypes.Structure):
         ("n_tokens", c_int32),
         ("n_sequences", c_int32),
         ("n_outputs", c_int32),
-        ("reserved", c_int32),
+        ("n_changes", c_int32),
     ]
 
 
@@ -35,12 +35,25 @@ class Matrix(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("bias", c_void_p), ("type", c_int32), ("n_rows", c_int32)]
 
 
+class TableChange(ctypes.Structure):
+    """One entry of the block tables and its new value."""
+
+    _fields_ = [("place", c_int32), ("block", c_int32)]
+
+
+class SetTablesArguments(ctypes.Structure):
+    """``set_tables``: entries of the block tables."""
+
+    _fields_ = [("step", c_void_p), ("changes", c_void_p), ("tables", c_void_p)]
+
+
 class EmbedArguments(ctypes.Structure):
     """``embed``: rows of the token table as float32."""
 
     _fields_ = [
         ("step", c_void_p),
         ("token_ids", c_void_p),
+        ("newest", c_void_p),
         ("table", Matrix),
         ("out", c_void_p),
         ("width", c_int32),
@@ -125,6 +138,7 @@ class AttentionArguments(ctypes.Structure):
         ("positions", c_void_p),
         ("sequences", c_void_p),
         ("query_starts", c_void_p),
+        ("table_rows", c_void_p),
         ("block_tables", c_void_p),
         ("q", c_void_p),
         ("k_cache", c_void_p),
@@ -160,6 +174,8 @@ class SamplingRow(ctypes.Structure):
         ("frequency_penalty", c_float),
         ("first_adjustment", c_int32),
         ("end_adjustment", c_int32),
+        ("slot", c_int32),
+        ("count_newest", c_int32),
     ]
 
 
@@ -177,6 +193,7 @@ class SampleArguments(ctypes.Structure):
         ("logits", c_void_p),
         ("rows", c_void_p),
         ("adjustments", c_void_p),
+        ("newest", c_void_p),
         ("tokens", c_void_p),
         ("logprobs", c_void_p),
         ("top_tokens", c_void_p),
@@ -188,6 +205,7 @@ class SampleArguments(ctypes.Structure):
 
 #: Kernel name -> its argument block. A device's kernel set offers exactly these operations.
 KERNEL_ARGUMENTS: dict[str, type[ctypes.Structure]] = {
+    "set_tables": SetTablesArguments,
     "embed": EmbedArguments,
     "rms_norm": RmsNormArguments,
     "matmul": MatmulArguments,

@@ -83,6 +83,7 @@ class Device(ABC):
     kind: str  # "cpu", "hip" or "cuda"
     properties: DeviceProperties
     block_staging_bytes = 0  # device memory that `copy_in_blocks` passes blocks through
+    queues_work = True  # launches, copies and replays return before they are done
 
     @abstractmethod
     def memory_info(self) -> tuple[int, int]:

@@ -66,6 +66,7 @@ class CpuDevice(Device):
     """
 
     kind = "cpu"
+    queues_work = False
 
     def __init__(self, n_threads: int | None = None, isa: str = "auto") -> None:
         try:

@@ -23,6 +23,7 @@ from redshard.worker.device.arguments import (
     RmsNormArguments,
     RopeStoreArguments,
     SampleArguments,
+    SetTablesArguments,
     SwigluArguments,
 )
 from redshard.worker.device.base import BlockRun, DeviceError
@@ -40,6 +41,7 @@ _OVERLAPPING_ROWS = 64
 FULL_GRID = 96
 
 _ROW_THREADS = 1024  # rows.hip
+_TABLES_THREADS = 1024  # tables.hip
 _ROPE_THREADS, _ROPE_ELEMENTS_PER_LANE = 256, 8  # rope_store.hip
 _VECTOR_THREADS, _WEIGHT_ROWS_PER_WAVE = 128, 2  # matmul_vector.hip
 _SWIGLU_THREADS, _SWIGLU_ROWS = 256, 32
@@ -182,6 +184,10 @@ def attention_scratch_bytes(rows: int, sequences: int, n_heads: int, value_dim: 
     return 4 * (rows * n_heads * value_dim + partial_results)
 
 
+def _set_tables(a: SetTablesArguments, rows: int, wave_size: int) -> Iterable[Launch]:
+    yield Launch("tables", "set_tables", (1, 1, 1), _TABLES_THREADS, a)
+
+
 def _embed(a: EmbedArguments, rows: int, wave_size: int) -> Iterable[Launch]:
     yield Launch("rows", "embed", (rows, 1, 1), _ROW_THREADS, a, _weight_type(a.table))
 
@@ -290,6 +296,7 @@ def _sample(a: SampleArguments, rows: int, wave_size: int) -> Iterable[Launch]:
 
 
 _PLANS: dict[str, Callable[..., Iterable[Launch]]] = {
+    "set_tables": _set_tables,
     "embed": _embed,
     "rms_norm": _rms_norm,
     "matmul": _matmul,

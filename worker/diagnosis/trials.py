@@ -32,6 +32,7 @@ from redshard.worker.device.arguments import (
     Matrix,
     RopeStoreArguments,
     SampleArguments,
+    SetTablesArguments,
 )
 from redshard.worker.device.bandwidth import host_read_bandwidth
 from redshard.worker.device.base import BlockRun, DeviceError
@@ -267,6 +268,7 @@ def representative_launches(wave_size: int) -> dict[str, Launch]:
     heads = {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "value_dim": 128, "block_size": 16}
     planned = [
         split_planes(_blocks(1), 0, 0),
+        *launches("set_tables", SetTablesArguments(), 1, wave_size),
         *launches("embed", EmbedArguments(table=weights), 1, wave_size),
         *launches("matmul", matmul, 1, wave_size),
         *launches("matmul", matmul, 64, wave_size),

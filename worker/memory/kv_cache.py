@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from redshard.worker.memory.pool import MemoryPool, View
 
 DEFAULT_BLOCK_SIZE = 32
@@ -100,50 +98,3 @@ class KVCache:
     def values(self, layer: int) -> View:
         """Values of the stage's layer `layer`: float16 [n_blocks, n_kv_heads, block_size, value_dim]."""
         return self._values[layer]
-
-    def slots(self, block_tables: np.ndarray, positions: np.ndarray, query_starts: np.ndarray) -> np.ndarray:
-        """Where each token of a step goes: block * block_size + place in the block.
-
-        Args:
-            block_tables: int32 (n_sequences, width), block numbers; unused entries are -1.
-            positions: int32 (n_tokens,), place of each token in its sequence.
-            query_starts: int32 (n_sequences + 1,), rows of sequence s are query_starts[s]:query_starts[s +
-                1].
-
-        Returns:
-            int32 (n_tokens,).
-
-        Raises:
-            ValueError: the arrays disagree, or a token lies outside its table or in a block that does not
-                exist.
-        """
-        block_size = self.layout.block_size
-        rows = sequence_rows(query_starts, len(positions))
-        if len(block_tables) != len(query_starts) - 1:
-            raise ValueError(f"{len(block_tables)} block tables for {len(query_starts) - 1} sequences")
-        entries = positions // block_size
-        if len(entries) and not 0 <= entries.min() <= entries.max() < block_tables.shape[1]:
-            raise ValueError(
-                f"positions {positions.min()} to {positions.max()} do not lie in tables of "
-                f"{block_tables.shape[1]} blocks of {block_size} tokens"
-            )
-        blocks = block_tables[rows, entries]
-        if len(blocks) and not 0 <= blocks.min() <= blocks.max() < self.n_blocks:
-            raise ValueError(f"blocks {blocks.min()} to {blocks.max()} are not in a cache of {self.n_blocks}")
-        return (blocks * block_size + positions % block_size).astype(np.int32)
-
-
-def sequence_rows(query_starts: np.ndarray, n_tokens: int) -> np.ndarray:
-    """The sequence each token of a step belongs to: int32 (n_tokens,).
-
-    Args:
-        query_starts: int32 (n_sequences + 1,), ascending from 0 to `n_tokens`.
-        n_tokens: tokens of the step.
-
-    Raises:
-        ValueError: `query_starts` is not such an array.
-    """
-    counts = np.diff(query_starts)
-    if not len(query_starts) or query_starts[0] != 0 or query_starts[-1] != n_tokens or (counts < 0).any():
-        raise ValueError(f"query starts {query_starts} do not ascend from 0 to {n_tokens}")
-    return np.repeat(np.arange(len(counts), dtype=np.int32), counts)

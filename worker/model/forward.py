@@ -204,6 +204,7 @@ class ForwardPass:
 
     Attributes:
         caches: of each layer of the stage, in order.
+        newest: the token sampled last in each slot, int32 (max_sequences,); None where no tokens are sampled.
     """
 
     device: Device
@@ -213,13 +214,18 @@ class ForwardPass:
     caches: tuple[ops.LayerCache, ...]
     shape: ops.AttentionShape
     rotary: ops.Rotary
+    newest: int | None
+
+    def set_tables(self, rows: int) -> None:
+        """The step's changes of the block tables."""
+        ops.set_tables(self.device, self.inputs, self.caches[0].tables)
 
     def layers(self, rows: int) -> None:
         """The residual stream through all layers, on the first stage from the token ids on."""
         if self.weights.part.is_first:
             table = self.weights.matrix("token_embd")
             width = self.weights.config.n_embd
-            ops.embed(self.device, self.inputs, rows, table, self.at.hidden, width=width)
+            ops.embed(self.device, self.inputs, rows, table, self.at.hidden, newest=self.newest, width=width)
         for layer, cache in zip(self.weights.part.layers, self.caches, strict=True):
             self._attention(layer, cache, rows)
             self._feed_forward(layer, rows)
@@ -239,12 +245,14 @@ class ForwardPass:
 
     def sample(self, rows: int, out: SampleAddresses, n_top: int) -> None:
         """A token for each output row."""
+        assert self.newest is not None
         ops.sample(
             self.device,
             self.inputs,
             rows,
             self.at.logits,
             out,
+            newest=self.newest,
             n_vocab=self.weights.config.n_vocab,
             n_top=n_top,
         )

@@ -20,6 +20,7 @@ from redshard.worker.device.arguments import (
     RmsNormArguments,
     RopeStoreArguments,
     SampleArguments,
+    SetTablesArguments,
     SwigluArguments,
 )
 from redshard.worker.device.base import Device
@@ -56,10 +57,11 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Addresses of one layer's keys and values."""
+    """Addresses of one layer's keys and values, and of the block tables that find them."""
 
     keys: int
     values: int
+    tables: int
 
 
 def activation(take: Callable[[int], int], rows: int, width: int, readers: Iterable[Matrix]) -> Activation:
@@ -94,6 +96,12 @@ def read_by(x: Activation, readers: Iterable[Matrix]) -> Activation:
     return result
 
 
+def set_tables(device: Device, inputs: InputAddresses, tables: int) -> None:
+    """The step's changes of the block tables, int32 (slots, table_width)."""
+    arguments = SetTablesArguments(step=inputs.step, changes=inputs.table_changes, tables=tables)
+    device.launch("set_tables", arguments, rows=1)
+
+
 def embed(
     device: Device,
     inputs: InputAddresses,
@@ -101,12 +109,19 @@ def embed(
     table: Matrix,
     out: int,
     *,
+    newest: int | None,
     width: int,
     scale: float = 1.0,
 ) -> None:
-    """Token embeddings, times `scale`, as float32 rows."""
+    """Token embeddings, times `scale`, as float32 rows; `newest`: the token sampled last in each slot."""
     arguments = EmbedArguments(
-        step=inputs.step, token_ids=inputs.token_ids, table=table, out=out, width=width, scale=scale
+        step=inputs.step,
+        token_ids=inputs.token_ids,
+        newest=newest,
+        table=table,
+        out=out,
+        width=width,
+        scale=scale,
     )
     device.launch("embed", arguments, rows)
 
@@ -236,7 +251,8 @@ def attention(
         positions=inputs.positions,
         sequences=inputs.sequences,
         query_starts=inputs.query_starts,
-        block_tables=inputs.block_tables,
+        table_rows=inputs.table_rows,
+        block_tables=cache.tables,
         q=q,
         k_cache=cache.keys,
         v_cache=cache.values,
@@ -262,15 +278,17 @@ def sample(
     logits: int,
     out: SampleAddresses,
     *,
+    newest: int,
     n_vocab: int,
     n_top: int,
 ) -> None:
-    """One token for every output row."""
+    """One token for every output row, noted in `newest` by slot too."""
     arguments = SampleArguments(
         step=inputs.step,
         logits=logits,
         rows=inputs.sampling,
         adjustments=inputs.adjustments,
+        newest=newest,
         tokens=out.tokens,
         logprobs=out.logprobs,
         top_tokens=out.top_tokens,

@@ -1,8 +1,9 @@
 """Some layers of a model on one device: recorded once, replayed for every step.
 
 The first stage embeds tokens, the last one samples or gives logits; in between, the residual stream is handed
-over (`worker.handoff`). A step is one copy of its inputs, a few graph replays, one copy out and
-one synchronize: no device allocation, and no Python for each operation.
+over (`redshard.worker.model.handoff`). A step is one copy of its inputs, a few graph replays, one copy out
+and one wait: no device allocation, and no Python for each operation. On a device that queues work the next
+step may be launched before the last one has been waited for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy as np
 from redshard.loader.model.model_config import ModelConfig
 from redshard.loader.model.rotary import rotary_table
 from redshard.worker.device.arguments import MAX_TOP_LOGPROBS
-from redshard.worker.device.base import Device, Graph, HostBuffer
+from redshard.worker.device.base import Device, Event, Graph, HostBuffer
 from redshard.worker.memory.kv_cache import KVCache, KVCacheLayout, LayerShape
 from redshard.worker.memory.pool import MemoryPool
 from redshard.worker.model import ops
@@ -25,10 +27,30 @@ from redshard.worker.model.forward import Arena, ForwardPass, StageWeights, lay_
 from redshard.worker.model.handoff import Handoff, HandoffType, Hidden
 from redshard.worker.model.sampler import SampleOutputs, logits_result
 from redshard.worker.model.step_batch import StepBatch, StepResult
-from redshard.worker.model.step_inputs import BatchError, InputLayout, StepInputs, StepLimits
+from redshard.worker.model.step_inputs import BatchError, InputLayout, InputStaging, StepInputs, StepLimits
 
 #: A graph for each bucket of rows, ascending.
 Graphs = dict[int, Graph]
+
+#: Steps that may be launched and not yet waited for.
+STEPS_AT_ONCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that the device is running.
+
+    Attributes:
+        batch: the step.
+        results: host memory that its sampled tokens are on the way to; None where it gives hidden states.
+        arrived: when they are there.
+        result: of a step that was waited for at once.
+    """
+
+    batch: StepBatch
+    results: HostBuffer | None = None
+    arrived: Event | None = None
+    result: StepResult | None = None
 
 
 class Stage:
@@ -42,6 +64,7 @@ class Stage:
         handoff: element type of hidden states between stages.
 
     Attributes:
+        part: what it has of the model.
         handoff: how hidden states come in and leave; through host memory, unless connected otherwise.
 
     Raises:
@@ -58,12 +81,14 @@ class Stage:
         handoff: HandoffType = "float32",
     ) -> None:
         self.limits = limits
-        self._part = weights.part
+        self.part = weights.part
         self._pool, self._device, self._config = pool, pool.device, weights.config
         config = weights.config
         self._guard = pool.watchdog.guard("a step", pool.deadlines.step_s)
         self._outputs = SampleOutputs(limits.max_outputs)
         self._host_buffers: list[HostBuffer] = []
+        self._turn = 0
+        self._tables_graphs: Graphs = {}
         self._layer_graphs: Graphs = {}
         self._logits_graphs: Graphs = {}
         self._sample_graphs: dict[int, Graphs] = {}
@@ -73,47 +98,87 @@ class Stage:
         self._rotary = self._upload_rotary(freq_factors)
         layout = InputLayout(limits)
         self._input_buffer = pool.allocate("inputs", layout.nbytes)
-        self._input_staging = self._allocate_host(layout.nbytes)
-        self._inputs = StepInputs(layout, self._input_staging.array, config.n_vocab, self._cache)
+        self._input_stagings = [
+            InputStaging(layout, self._allocate_host(layout.nbytes)) for _ in range(STEPS_AT_ONCE)
+        ]
+        part = weights.part
+        self._inputs = StepInputs(limits, config.n_vocab, looks_up=part.is_first and part.is_last)
+        self._slots = self._allocate_slots()
         self._arena = pool.allocate("activations", activation_bytes(self._device, weights, limits))
         arena = Arena(self._arena.address)
         self._at = lay_out(arena, weights, limits, scratch_bytes(self._device, config, limits))
-        row_nbytes = max(4 * config.n_vocab, self._outputs.nbytes(n_top=1)) if self._part.is_last else 0
+        row_nbytes = 4 * config.n_vocab if part.is_last else 0
         self._staging = self._allocate_host(max(4 * limits.max_tokens * config.n_embd, row_nbytes))
+        self._result_stagings = [
+            self._allocate_host(self._outputs.nbytes(n_top=1))
+            for _ in range(STEPS_AT_ONCE if part.is_last else 0)
+        ]
         # The residual stream is the first in the arena.
         self.handoff = Handoff(pool, self._arena, self._staging, limits.max_tokens, config.n_embd, handoff)
         self._record(weights, layout)
 
     def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
-        """Run one step and wait for it.
+        """Run one step and wait for it; as `launch` and `finish`."""
+        return self.finish(self.launch(batch, hidden))
+
+    def launch(self, batch: StepBatch, hidden: Hidden | None = None) -> Launched:
+        """Put one step on its way. Of the steps before, all but `STEPS_AT_ONCE` - 1 must be finished.
+
+        Only the last stage can have several steps under way; others hand over what the next would overwrite.
 
         Args:
             batch: the step.
             hidden: what the stage before gave; None on the first stage.
-
-        Returns:
-            Hidden states for the next stage, or the result.
 
         Raises:
             BatchError: the batch contradicts itself or exceeds the limits; nothing was run.
             DeviceError: the device failed.
         """
         with self._guard:
-            nbytes = self._inputs.pack(batch, self._part.is_last)
-            n_tokens = len(batch.token_ids)
-            if self._part.is_first != (hidden is None):
+            if self.part.is_first != (hidden is None):
                 raise BatchError("hidden states go into every stage but the first")
+            turn = self._turn
+            staging = self._input_stagings[turn]
+            nbytes = self._inputs.pack(batch, staging, self.part.is_last and not batch.return_logits)
+            n_tokens = len(batch.token_ids)
             if hidden is not None:
                 self.handoff.take(hidden, n_tokens)
-            self._device.copy_in(self._input_buffer.address, self._input_staging, nbytes)
+            self._turn = (turn + 1) % STEPS_AT_ONCE
+            self._device.copy_in(self._input_buffer.address, staging.buffer, nbytes)
+            if staging.step[3] and self._tables_graphs:
+                _replay(self._tables_graphs, 1)
             if self._layer_graphs:
                 _replay(self._layer_graphs, n_tokens)
-            return self._finish(batch) if self._part.is_last else self.handoff.send(n_tokens)
+            return self._launch_output(batch, turn) if self.part.is_last else Launched(batch)
+
+    def finish(self, launched: Launched) -> Hidden | StepResult:
+        """Wait for the oldest step that was launched.
+
+        Returns:
+            Hidden states for the next stage, or the result.
+
+        Raises:
+            DeviceError: the device failed.
+        """
+        if launched.result is not None:
+            return launched.result
+        batch = launched.batch
+        with self._guard:
+            if launched.results is None or launched.arrived is None:
+                return self.handoff.send(len(batch.token_ids))
+            launched.arrived.synchronize()
+        return self._outputs.read(launched.results.array, batch.step_id, len(batch.output_rows), batch.n_top)
 
     def close(self) -> None:
         """Release graphs, staging memory and the next stage's inbox. Idempotent; the pool frees the rest."""
         self.handoff.disconnect()
-        for graphs in (self._layer_graphs, self._logits_graphs, *self._sample_graphs.values()):
+        recorded = (
+            self._tables_graphs,
+            self._layer_graphs,
+            self._logits_graphs,
+            *self._sample_graphs.values(),
+        )
+        for graphs in recorded:
             for graph in graphs.values():
                 graph.release()
             graphs.clear()
@@ -125,6 +190,21 @@ class Stage:
         buffer = self._device.allocate_host(nbytes)
         self._host_buffers.append(buffer)
         return buffer
+
+    def _allocate_slots(self) -> dict[str, int]:
+        """Addresses of what stays on the device by slot: block tables, and the token sampled last."""
+        limits = self.limits
+        sizes = {}
+        if self._cache is not None:
+            sizes["block tables"] = 4 * limits.table_entries
+        if self.part.is_last:
+            sizes["newest tokens"] = 4 * limits.max_sequences
+        if not sizes:
+            return {}
+        views = self._pool.allocate_group("slots", sizes)
+        for view in views.values():
+            self._pool.write(view, np.zeros(view.nbytes, np.uint8))
+        return {name: view.address for name, view in views.items()}
 
     def _upload_rotary(self, freq_factors: np.ndarray | None) -> ops.Rotary:
         rope = self._config.rope
@@ -152,10 +232,13 @@ class Stage:
                 max_sequences=limits.max_sequences,
             ),
             rotary=self._rotary,
+            newest=self._slots.get("newest tokens"),
         )
-        if self._part.layers or self._part.is_first:
+        if self._cache is not None:
+            self._tables_graphs = self._recorded(1, forward.set_tables)
+        if self.part.layers or self.part.is_first:
             self._layer_graphs = self._recorded(limits.max_tokens, forward.layers)
-        if self._part.is_last:
+        if self.part.is_last:
             self._logits_graphs = self._recorded(limits.max_outputs, forward.logits)
             sampled = self._outputs.addresses(self._at.sampled)
             # Ranking a vocabulary takes time: steps that want no most probable tokens have their own graphs.
@@ -169,8 +252,10 @@ class Stage:
         if cache is None:
             return ()
         return tuple(
-            ops.LayerCache(cache.keys(layer).address, cache.values(layer).address)
-            for layer in range(len(self._part.layers))
+            ops.LayerCache(
+                cache.keys(layer).address, cache.values(layer).address, self._slots["block tables"]
+            )
+            for layer in range(len(self.part.layers))
         )
 
     def _recorded(self, max_rows: int, launch: Callable[[int], None]) -> Graphs:
@@ -182,18 +267,19 @@ class Stage:
                 launch(rows)
         return dict(zip(buckets, graphs, strict=True))
 
-    def _finish(self, batch: StepBatch) -> StepResult:
+    def _launch_output(self, batch: StepBatch, turn: int) -> Launched:
         """Sample the output rows, or read their logits."""
         n_outputs = len(batch.output_rows)
         if n_outputs:
             _replay(self._logits_graphs, n_outputs)
         if batch.return_logits:
-            return logits_result(batch.step_id, self._read_logits(n_outputs))
+            return Launched(batch, result=logits_result(batch.step_id, self._read_logits(n_outputs)))
         if n_outputs:
             _replay(self._sample_graphs[MAX_TOP_LOGPROBS if batch.n_top else 0], n_outputs)
-        # Even without outputs the step has to be waited for.
-        self._copy_out(self._at.sampled, self._outputs.nbytes(batch.n_top))
-        return self._outputs.read(self._staging.array, batch.step_id, n_outputs, batch.n_top)
+        results = self._result_stagings[turn]
+        view = self._arena.view(self._at.sampled - self._arena.address, self._outputs.nbytes(batch.n_top))
+        self._pool.copy_out(results, view)
+        return Launched(batch, results, self._device.record_event())
 
     def _read_logits(self, n_outputs: int) -> np.ndarray:
         n_vocab = self._config.n_vocab

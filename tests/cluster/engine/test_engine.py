@@ -14,19 +14,14 @@ from support.fake_worker import N_VOCAB, FakeStage, generate, logits
 from redshard.cluster.engine.engine import Engine, StepLost, StepRefused
 from redshard.cluster.engine.requests import Increment, Request
 from redshard.cluster.engine.sampling_params import SamplingParams
-from redshard.cluster.engine.scheduler import MAX_DEATHS, Scheduler, SchedulerLimits
+from redshard.cluster.engine.scheduler import MAX_DEATHS, Scheduler
 from redshard.cluster.errors import PipelineError
-from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_batch import TABLE_ENTRY_DTYPE, StepBatch, StepResult
+from redshard.worker.model.step_inputs import StepLimits
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
-LIMITS = SchedulerLimits(
-    n_blocks=60,
-    block_size=4,
-    max_context=128,
-    max_sequences=8,
-    max_step_tokens=32,
-    max_step_outputs=8,
-    n_micro_batches=2,
+LIMITS = StepLimits(
+    max_tokens=32, max_sequences=8, max_outputs=8, max_context=128, n_kv_blocks=60, block_size=4
 )
 
 
@@ -56,7 +51,7 @@ class ToyStages:
         self._start()
 
     def _start(self) -> None:
-        self.stages = [FakeStage(i, 2, LIMITS.n_blocks, LIMITS.block_size) for i in range(2)]
+        self.stages = [FakeStage(i, 2, LIMITS.n_kv_blocks, LIMITS.block_size) for i in range(2)]
         self.steps: deque[StepBatch] = deque()
 
     def submit(self, batch: StepBatch) -> None:
@@ -90,7 +85,7 @@ def stages() -> ToyStages:
 
 @pytest.fixture
 def engine(stages: ToyStages) -> Iterator[Engine]:
-    engine = Engine(Scheduler(LIMITS), stages, LetterTokenizer())
+    engine = Engine(Scheduler(LIMITS, 2), stages, LetterTokenizer())
     yield engine
     engine.close()
     assert not engine._thread.is_alive()
@@ -195,7 +190,8 @@ def test_logits_of_every_position(engine: Engine) -> None:
         np.array(tokens, np.int32),
         np.arange(50, dtype=np.int32),
         np.array([0, 50], np.int32),
-        np.arange(60, dtype=np.int32)[None, :],
+        np.zeros(1, np.int32),
+        np.array([(0, column, column) for column in range(13)], TABLE_ENTRY_DTYPE),
         np.arange(50, dtype=np.int32),
         return_logits=True,
     )

@@ -14,7 +14,6 @@ from redshard.cluster.errors import ModelError, ParameterError, PromptError, Red
 from redshard.cluster.pipeline.plan import (
     PipelineSettings,
     plan_with_cache,
-    scheduler_limits,
     stage_parts,
     step_limits,
 )
@@ -159,7 +158,6 @@ def test_the_cache_holds_every_sequence_or_what_fits() -> None:
     assert all(stage.free_bytes >= 0 for stage in plan.stages)
     limits = step_limits(SETTINGS, tokens)
     assert limits.n_kv_blocks * limits.block_size == tokens
-    assert scheduler_limits(limits, 2).n_micro_batches == 2
 
 
 def test_what_does_not_fit_is_refused_with_numbers() -> None:

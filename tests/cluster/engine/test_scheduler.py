@@ -16,26 +16,26 @@ from redshard.cluster.engine.scheduler import (
     MAX_DEATHS,
     LogitsOutput,
     Scheduler,
-    SchedulerLimits,
     TokenOutput,
 )
 from redshard.cluster.engine.sequence import Sequence
 from redshard.cluster.errors import ParameterError
+from redshard.worker.model.step_inputs import StepLimits
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
-def limits(**changes: int) -> SchedulerLimits:
+def limits(**changes: int) -> StepLimits:
     """Small limits, with changes."""
     values = {
-        "n_blocks": 32,
+        "n_kv_blocks": 32,
         "block_size": 4,
         "max_context": 64,
         "max_sequences": 8,
-        "max_step_tokens": 16,
-        "max_step_outputs": 16,
+        "max_tokens": 16,
+        "max_outputs": 16,
     }
-    return SchedulerLimits(**(values | changes))
+    return StepLimits(**(values | changes))
 
 
 def sequence(name: str, prompt: list[int], n: int = 8, **params: object) -> Sequence:
@@ -64,18 +64,23 @@ class Pipeline:
         """New workers with nothing in their caches."""
         limits = self.scheduler.limits
         self.stages = [
-            FakeStage(i, self.n_stages, limits.n_blocks, limits.block_size) for i in range(self.n_stages)
+            FakeStage(i, self.n_stages, limits.n_kv_blocks, limits.block_size) for i in range(self.n_stages)
         ]
         self.steps: deque = deque()
+        self.held = None
 
     def submit(self) -> bool:
         """Dispatch a step if there is one."""
-        batch = self.scheduler.schedule()
+        batch = self.held or self.scheduler.schedule()
+        self.held = None
         if batch is None:
             return False
+        if not self.scheduler.bind(batch):
+            self.held = batch
+            return False
         check_batch(batch)
-        assert len(batch.token_ids) <= self.scheduler.limits.max_step_tokens
-        assert len(batch.output_rows) <= self.scheduler.limits.max_step_outputs
+        assert len(batch.token_ids) <= self.scheduler.limits.max_tokens
+        assert len(batch.output_rows) <= self.scheduler.limits.max_outputs
         self.longest_step = max(self.longest_step, len(batch.token_ids))
         self.steps.append(batch)
         return True
@@ -109,7 +114,7 @@ def by_request(outputs: list) -> dict[str, list[int]]:
 @pytest.mark.parametrize("n_stages", [1, 2, 3])
 @pytest.mark.parametrize("n_blocks", [16, 24, 200])
 def test_batching_and_preemption_do_not_change_tokens(n_stages: int, n_blocks: int) -> None:
-    scheduler = Scheduler(limits(n_blocks=n_blocks, n_micro_batches=n_stages))
+    scheduler = Scheduler(limits(n_kv_blocks=n_blocks), n_stages)
     pipeline = Pipeline(scheduler, n_stages)
     prompts = {f"r{i}": [(i * 7 + j * j) % N_VOCAB for j in range(1 + 5 * i)] for i in range(10)}
     for name, prompt in prompts.items():
@@ -121,7 +126,7 @@ def test_batching_and_preemption_do_not_change_tokens(n_stages: int, n_blocks: i
 
 def test_seeds_and_penalties_do_not_depend_on_the_batch() -> None:
     def run(names: list[str], n_blocks: int) -> dict[str, list[int]]:
-        scheduler = Scheduler(limits(n_blocks=n_blocks))
+        scheduler = Scheduler(limits(n_kv_blocks=n_blocks))
         for name in names:
             i = int(name)
             scheduler.add(
@@ -137,7 +142,7 @@ def test_seeds_and_penalties_do_not_depend_on_the_batch() -> None:
 
 
 def test_recompute_all_loses_nothing() -> None:
-    scheduler = Scheduler(limits(n_micro_batches=2))
+    scheduler = Scheduler(limits(), 2)
     pipeline = Pipeline(scheduler, 2)
     prompts = {f"r{i}": [i + 1] * (3 * i + 1) for i in range(6)}
     for name, prompt in prompts.items():
@@ -152,14 +157,14 @@ def test_recompute_all_loses_nothing() -> None:
             assert scheduler.in_flight
             assert scheduler.recompute_all() == []
             pipeline.restart()
-            assert scheduler.blocks.n_free == scheduler.limits.n_blocks
+            assert scheduler.blocks.n_free == scheduler.limits.n_kv_blocks
         else:
             outputs += pipeline.collect()
     assert by_request(outputs) == {name: generate(prompt, 10, 2) for name, prompt in prompts.items()}
 
 
 def test_decodes_go_on_while_a_long_prompt_is_prefilled() -> None:
-    scheduler = Scheduler(limits(n_blocks=200, max_context=400))
+    scheduler = Scheduler(limits(n_kv_blocks=200, max_context=400))
     pipeline = Pipeline(scheduler)
     scheduler.add(sequence("short", [1], 30))
     pipeline.submit()
@@ -172,17 +177,17 @@ def test_decodes_go_on_while_a_long_prompt_is_prefilled() -> None:
 
 
 def test_prompt_chunks_follow_each_other_through_the_stages() -> None:
-    scheduler = Scheduler(limits(n_blocks=200, max_context=400, n_micro_batches=3))
+    scheduler = Scheduler(limits(n_kv_blocks=200, max_context=400), 3)
     pipeline = Pipeline(scheduler, 3)
     scheduler.add(sequence("long", [2] * 100, 5))
     while pipeline.submit():
         pass
-    assert len(pipeline.steps) == 3
+    assert len(pipeline.steps) == 4  # one for each stage, and one ahead
     assert by_request(pipeline.drain()) == {"long": generate([2] * 100, 5, 3)}
 
 
 def test_generating_sequences_are_split_over_the_micro_batches() -> None:
-    scheduler = Scheduler(limits(n_micro_batches=2, n_blocks=200))
+    scheduler = Scheduler(limits(n_kv_blocks=200), 2)
     pipeline = Pipeline(scheduler, 2)
     for i in range(8):
         scheduler.add(sequence(f"r{i}", [i], 40))
@@ -195,7 +200,7 @@ def test_generating_sequences_are_split_over_the_micro_batches() -> None:
 
 
 def test_logits_take_turns_with_generation() -> None:
-    scheduler = Scheduler(limits(n_blocks=200))
+    scheduler = Scheduler(limits(n_kv_blocks=200))
     pipeline = Pipeline(scheduler)
     wanted = Sequence(
         "logits", list(range(50)), GREEDY, max_length=50, seed=0, stop_tokens=frozenset(), wants_logits=True
@@ -232,7 +237,7 @@ def test_prompts_that_cannot_run_are_refused() -> None:
         with pytest.raises(ParameterError, match="1 to 19"):
             scheduler.add(sequence("x", prompt))
     with pytest.raises(ParameterError, match="max_step_tokens"):
-        limits(max_step_tokens=8)
+        Scheduler(limits(max_tokens=8))
 
 
 class Traffic(RuleBasedStateMachine):
@@ -247,9 +252,8 @@ class Traffic(RuleBasedStateMachine):
     )
     def start(self, n_blocks: int, block_size: int, max_sequences: int, extra: int, n_stages: int) -> None:
         self.scheduler = Scheduler(
-            SchedulerLimits(
-                n_blocks, block_size, 30, max_sequences, max_sequences + extra, max_sequences, n_stages
-            )
+            StepLimits(max_sequences + extra, max_sequences, max_sequences, 30, n_blocks, block_size),
+            n_stages,
         )
         self.pipeline = Pipeline(self.scheduler, n_stages)
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
@@ -312,7 +316,7 @@ class Traffic(RuleBasedStateMachine):
     def no_block_is_lost_or_shared(self) -> None:
         scheduler = self.scheduler
         owned = [block for s in scheduler.running for block in s.blocks]
-        assert sorted(owned + scheduler.blocks._free) == list(range(scheduler.limits.n_blocks))
+        assert sorted(owned + scheduler.blocks._free) == list(range(scheduler.limits.n_kv_blocks))
         assert all(not s.blocks for s in scheduler.waiting)
         assert len(scheduler.running) <= scheduler.limits.max_sequences
         slots = [s.slot for s in scheduler.running] + scheduler._free_slots
@@ -323,7 +327,7 @@ class Traffic(RuleBasedStateMachine):
         if not hasattr(self, "pipeline"):
             return
         self.record(self.pipeline.drain())
-        assert self.scheduler.blocks.n_free == self.scheduler.limits.n_blocks
+        assert self.scheduler.blocks.n_free == self.scheduler.limits.n_kv_blocks
         for name, (prompt, params) in self.requests.items():
             if name in self.aborted:
                 continue
@@ -344,12 +348,12 @@ TestTraffic.settings = settings(
 def test_a_step_of_64_sequences_is_made_and_completed_in_under_a_millisecond() -> None:
     scheduler = Scheduler(
         limits(
-            n_blocks=4096,
+            n_kv_blocks=4096,
             block_size=16,
             max_context=1024,
             max_sequences=64,
-            max_step_tokens=512,
-            max_step_outputs=64,
+            max_tokens=512,
+            max_outputs=64,
         )
     )
     stage = FakeStage(0, 1, 4096, 16)

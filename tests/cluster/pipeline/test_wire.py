@@ -10,9 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redshard.cluster.pipeline.wire import decode_batch, decode_result, encode_batch, encode_result
+from redshard.cluster.pipeline.wire import (
+    decode_batch,
+    decode_hidden,
+    decode_result,
+    encode_batch,
+    encode_hidden,
+    encode_result,
+)
 from redshard.worker.model.handoff import InSlot
-from redshard.worker.model.step_batch import ADJUSTMENT_DTYPE, SAMPLING_ROW_DTYPE, StepBatch, StepResult
+from redshard.worker.model.step_batch import (
+    ADJUSTMENT_CHANGE_DTYPE,
+    SAMPLING_ROW_DTYPE,
+    TABLE_ENTRY_DTYPE,
+    StepBatch,
+    StepResult,
+)
 
 counts = st.integers(0, 5)
 
@@ -34,14 +47,17 @@ def assert_same(left: Any, right: Any) -> None:
             assert a == b, field.name
 
 
-@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 5), counts, counts, counts, st.booleans())
+@given(
+    st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 5), counts, counts, counts, counts, st.booleans()
+)
 def test_batches(
     seed: int,
     n_tokens: int,
     n_sequences: int,
     n_outputs: int,
     n_sampling: int,
-    n_adjustments: int,
+    n_changes: int,
+    n_entries: int,
     flag: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -50,27 +66,26 @@ def test_batches(
         token_ids=random_array(rng, np.int32, n_tokens),
         positions=random_array(rng, np.int32, n_tokens),
         query_starts=random_array(rng, np.int32, n_sequences + 1),
-        block_tables=random_array(rng, np.int32, n_sequences, 3),
+        slots=random_array(rng, np.int32, n_sequences),
+        table_entries=random_array(rng, TABLE_ENTRY_DTYPE, n_entries),
         output_rows=random_array(rng, np.int32, n_outputs),
         sampling=random_array(rng, SAMPLING_ROW_DTYPE, n_sampling),
-        adjustments=random_array(rng, ADJUSTMENT_DTYPE, n_adjustments),
+        adjustment_changes=random_array(rng, ADJUSTMENT_CHANGE_DTYPE, n_changes),
         n_top=int(rng.integers(20)),
         return_logits=flag,
     )
-    decoded, hidden = decode_batch(encode_batch(batch))
+    decoded = decode_batch(encode_batch(batch))
     assert_same(decoded, batch)
-    assert hidden is None
     assert decoded.sampling.flags.aligned
-    for dtype in (np.float32, np.float16):
-        given = random_array(rng, dtype, n_tokens, 7)
-        decoded, hidden = decode_batch(encode_batch(batch, given))
-        assert_same(decoded, batch)
-        assert hidden is not None
-        assert (hidden.dtype, hidden.shape, hidden.tobytes()) == (dtype, (n_tokens, 7), given.tobytes())
-    for slot in (0, n_outputs):
-        decoded, hidden = decode_batch(encode_batch(batch, InSlot(slot)))
-        assert_same(decoded, batch)
-        assert hidden == InSlot(slot)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_hidden_states(dtype: type) -> None:
+    given = random_array(np.random.default_rng(), dtype, 5, 7)
+    hidden = decode_hidden(encode_hidden(given))
+    assert isinstance(hidden, np.ndarray)
+    assert (hidden.dtype, hidden.shape, hidden.tobytes()) == (dtype, (5, 7), given.tobytes())
+    assert decode_hidden(encode_hidden(InSlot(3))) == InSlot(3)
 
 
 @pytest.mark.parametrize(("n", "n_top", "n_logits"), [(0, 0, 0), (3, 0, 0), (4, 5, 0), (0, 0, 6)])

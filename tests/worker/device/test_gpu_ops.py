@@ -1,4 +1,4 @@
-"""Operations on GPUs against numpy, but for matrix products: ``kernels/hip`` through `worker.kernel_set`.
+"""Operations on GPUs against numpy, but for matrix products: ``kernels/hip`` through the kernel set.
 
 On stand-in AMD GPUs the same sources run on the host, a fiber a lane; where there is an NVIDIA GPU, on that.
 """
@@ -19,6 +19,7 @@ from support.comparisons import (
 )
 from support.gguf_models import random_blocks
 from support.gpu_memory import GpuMemory
+from support.native_ops import newest_tokens, slot_of
 from support.reference_ops import Sampling
 
 from redshard.loader.gguf.quant_types import QuantType
@@ -30,6 +31,7 @@ from redshard.worker.device.arguments import (
     RopeStoreArguments,
     SampleArguments,
     SamplingRow,
+    SetTablesArguments,
 )
 
 every_type = pytest.mark.parametrize("quant_type", GPU_TYPES, ids=lambda t: t.name)
@@ -38,14 +40,35 @@ every_type = pytest.mark.parametrize("quant_type", GPU_TYPES, ids=lambda t: t.na
 @every_type
 def test_embed(memory: GpuMemory, rng: np.random.Generator, quant_type: QuantType) -> None:
     width, ids = 512, rng.integers(0, 70, 5).astype(np.int32)
+    newest = rng.integers(0, 70, 4).astype(np.int32)
+    ids[0] = -1 - 2  # what was sampled last in slot 2
     blocks = random_blocks(rng, quant_type, (70, width), 0.5)
     out = memory.room((9, width))
     arguments = EmbedArguments(
-        memory.put_step(5), memory.put(ids), memory.put_matrix(blocks, quant_type), out.address, width, 1.5
+        memory.put_step(5),
+        memory.put(ids),
+        memory.put(newest),
+        memory.put_matrix(blocks, quant_type),
+        out.address,
+        width,
+        1.5,
     )
     memory.device.launch("embed", arguments, 8)
-    expected = reference_ops.embed(dequantized(blocks, quant_type), ids, 1.5)
+    looked_up = [newest[2], *ids[1:]]
+    expected = reference_ops.embed(dequantized(blocks, quant_type), np.array(looked_up), 1.5)
     np.testing.assert_allclose(memory.read_rows(out, 5), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_changes", [0, 1, 5000])
+def test_set_tables(memory: GpuMemory, rng: np.random.Generator, n_changes: int) -> None:
+    tables = rng.integers(0, 1 << 20, 9000).astype(np.int32)
+    changes = np.empty((6000, 2), np.int32)
+    changes[:, 0], changes[:, 1] = rng.permutation(len(tables))[:6000], rng.integers(0, 1 << 20, 6000)
+    room = memory.room_holding(tables)
+    arguments = SetTablesArguments(memory.put_step(1, n_changes=n_changes), memory.put(changes), room.address)
+    memory.device.launch("set_tables", arguments, 1)
+    tables[changes[:n_changes, 0]] = changes[:n_changes, 1]
+    np.testing.assert_array_equal(memory.read(room), tables)
 
 
 @pytest.mark.parametrize("form", ["both", "values", "quants"])
@@ -188,6 +211,7 @@ def test_attention(
     rows = np.repeat(np.arange(len(sequences), dtype=np.int32), [len(s) for s in sequences])
     starts = np.cumsum([0, *(len(s) for s in sequences)], dtype=np.int32)
     n = len(positions)
+    table_rows = rng.permutation(len(sequences)).astype(np.int32)
     q = rng.standard_normal((n, n_heads, head_dim), np.float32)
     bound = next(rows for rows in memory.device.row_buckets(128) if rows >= n)
     context = table_width * block_size
@@ -201,7 +225,8 @@ def test_attention(
         memory.put(positions),
         memory.put(rows),
         memory.put(starts),
-        memory.put(tables),
+        memory.put(table_rows),
+        memory.put(tables[np.argsort(table_rows)]),
         memory.put(q),
         memory.put(keys),
         memory.put(values),
@@ -239,13 +264,15 @@ def sampled(
     """Tokens, their log probabilities, the most probable tokens, theirs."""
     n, n_vocab = logits.shape
     packed, adjustments = (SamplingRow * n)(), []
-    for entry, row in zip(packed, rows, strict=True):
-        for name, _ in SamplingRow._fields_[:-2]:
+    for index, (entry, row) in enumerate(zip(packed, rows, strict=True)):
+        for name, _ in SamplingRow._fields_[:-4]:
             setattr(entry, name, getattr(row, name))
         entry.first_adjustment = len(adjustments)
         adjustments += [Adjustment(*each) for each in row.adjustments]
         entry.end_adjustment = len(adjustments)
+        entry.slot, entry.count_newest = slot_of(index), row.newest is not None
     listed = bytes((Adjustment * len(adjustments))(*adjustments))
+    newest = memory.room_holding(newest_tokens(rows))
     outputs = [
         memory.room((n,), np.int32),
         memory.room((n,)),
@@ -257,12 +284,14 @@ def sampled(
         memory.room_holding(logits).address,
         memory.put(np.frombuffer(bytes(packed), np.uint8)),
         memory.put(np.frombuffer(listed, np.uint8)),
+        newest.address,
         *(output.address for output in outputs),
         n_vocab,
         n_top,
     )
     memory.device.launch("sample", arguments, n)
     tokens, logprobs, top_tokens, top_logprobs = (memory.read(output) for output in outputs)
+    np.testing.assert_array_equal(memory.read(newest)[[slot_of(i) for i in range(n)]], tokens)
     return tokens, logprobs, top_tokens[:, :n_top], top_logprobs[:, :n_top]
 
 
@@ -298,7 +327,13 @@ def test_draws_are_the_reference_draws(
     logits = (rng.standard_normal((n, n_vocab)) * 2).astype(np.float32)
     adjustments = [(int(t), 2, 1, 0.5) for t in rng.permutation(n_vocab)[:9]]
     rows = [
-        Sampling(seed=int(rng.integers(1 << 63)), draw=i, adjustments=adjustments, **settings)
+        Sampling(
+            seed=int(rng.integers(1 << 63)),
+            draw=i,
+            adjustments=adjustments,
+            newest=[None, adjustments[3][0], int(rng.integers(n_vocab))][i % 3],
+            **settings,
+        )
         for i in range(n)
     ]
     tokens = sampled(memory, logits, rows)[0]

@@ -55,7 +55,7 @@ def embed(device: Device, rows: int = 2, table_type: QuantType = QuantType.F32) 
     device.copy_in(table, host, 1024)
     device.copy_in(step, host, 256, 1024)
     device.synchronize()
-    arguments = EmbedArguments(step, step + 16, Matrix(table, 0, table_type.ggml_id, 8), out, 32, 1.0)
+    arguments = EmbedArguments(step, step + 16, None, Matrix(table, 0, table_type.ggml_id, 8), out, 32, 1.0)
     device.launch("embed", arguments, rows)
     return table, out
 
@@ -229,7 +229,7 @@ def test_arguments_of_a_launch_are_copied(open_hip: Open) -> None:
     device = open_hip()
     _, out = embed(device)
     step = device.allocate(256)
-    arguments = EmbedArguments(step, step + 16, Matrix(step, 0, 0, 8), out, 32, 1.0)
+    arguments = EmbedArguments(step, step + 16, None, Matrix(step, 0, 0, 8), out, 32, 1.0)
     graphs: list[Graph] = []
     with device.recording(graphs):
         device.fill(step, 0, 256)  # no rows

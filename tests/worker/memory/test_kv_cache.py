@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.fake_device import FakeDevice
 
-from redshard.worker.memory.kv_cache import KVCache, KVCacheLayout, LayerShape, sequence_rows
+from redshard.worker.memory.kv_cache import KVCache, KVCacheLayout, LayerShape
 from redshard.worker.memory.pool import MemoryPool, PoolError
 
 LAYOUT = KVCacheLayout((LayerShape(2, 64, 64), LayerShape(3, 40, 24)), block_size=16)
@@ -70,53 +70,3 @@ def test_shapes_without_elements_are_refused(shape):
 def test_a_layout_needs_layers():
     with pytest.raises(ValueError, match="needs layers"):
         KVCacheLayout(())
-
-
-def test_slots_of_random_steps():
-    rng = np.random.default_rng()
-    block_size, n_blocks = LAYOUT.block_size, 64
-    with MemoryPool(FakeDevice()) as pool:
-        cache = KVCache(pool, LAYOUT, n_blocks)
-        for _ in range(20):
-            n_sequences = int(rng.integers(1, 9))
-            lengths = rng.integers(0, 40, n_sequences)
-            query_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            tables = rng.permutation(n_blocks).astype(np.int32).reshape(8, 8)[:n_sequences]
-            first = rng.integers(0, 8 * block_size - 40, n_sequences)
-            positions = np.concatenate(
-                [np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)]
-            ).astype(np.int32)
-            expected = [
-                tables[s, p // block_size] * block_size + p % block_size
-                for s in range(n_sequences)
-                for p in positions[query_starts[s] : query_starts[s + 1]]
-            ]
-            slots = cache.slots(tables, positions, query_starts)
-            assert slots.dtype == np.int32
-            np.testing.assert_array_equal(slots, expected)
-
-
-@pytest.mark.parametrize(
-    ("tables", "positions", "query_starts", "message"),
-    [
-        ([[0, 1]], [32], [0, 1], "do not lie"),
-        ([[0, 1]], [-1], [0, 1], "do not lie"),
-        ([[0, -1]], [16], [0, 1], "not in a cache"),
-        ([[0, 4]], [16], [0, 1], "not in a cache"),
-        ([[0, 1]], [3], [0, 2], "ascend"),
-        ([[0, 1]], [3], [1, 1], "ascend"),
-        ([[0, 1], [2, 3]], [3], [0, 2, 1], "ascend"),
-        ([[0, 1], [2, 3]], [3], [0, 1], "2 block tables for 1"),
-        ([[0, 1]], [3], [], "ascend"),
-    ],
-)
-def test_slots_outside_the_cache_are_refused(tables, positions, query_starts, message):
-    with MemoryPool(FakeDevice()) as pool:
-        cache = KVCache(pool, LAYOUT, n_blocks=4)
-        with pytest.raises(ValueError, match=message):
-            cache.slots(np.array(tables, np.int32), int32(*positions), int32(*query_starts))
-
-
-def test_sequence_rows():
-    np.testing.assert_array_equal(sequence_rows(int32(0, 2, 2, 5), 5), [0, 0, 2, 2, 2])
-    assert sequence_rows(int32(0), 0).shape == (0,)

@@ -14,7 +14,12 @@ from support.gguf_models import tiny_config, write_model
 from support.stages import LIMITS, CachedSequence, Pipeline, relative_error
 
 from redshard.loader.gguf.quant_types import QuantType
-from redshard.worker.model.step_batch import ADJUSTMENT_DTYPE, SAMPLING_ROW_DTYPE, StepBatch
+from redshard.worker.model.step_batch import (
+    ADJUSTMENT_CHANGE_DTYPE,
+    SAMPLING_ROW_DTYPE,
+    TABLE_ENTRY_DTYPE,
+    StepBatch,
+)
 from redshard.worker.model.step_inputs import BatchError
 
 N_VOCAB = tiny_config().n_vocab
@@ -89,15 +94,54 @@ def test_adjustments_reach_their_rows(pipeline: Pipeline, n_sequences: int) -> N
     batch = pipeline.batch([(CachedSequence(), _prompt(2, seed)) for seed in range(n_sequences)])
     n = 2 * n_sequences
     wanted = np.random.default_rng(5).choice(N_VOCAB, n, replace=False)
-    adjustments = np.zeros(2 * n, ADJUSTMENT_DTYPE)
+    changes = np.zeros(2 * n, ADJUSTMENT_CHANGE_DTYPE)
+    changes["slot"], changes["index"] = np.divmod(np.arange(2 * n), 2)
+    adjustments = changes["adjustment"]
     adjustments["token"][0::2], adjustments["bias"][0::2] = wanted, 1000.0
     adjustments["token"][1::2], adjustments["bias"][1::2] = (wanted + 1) % N_VOCAB, -1000.0
-    sampling = _greedy(n)
-    sampling["first_adjustment"] = 2 * np.arange(n)
-    sampling["end_adjustment"] = 2 * np.arange(n) + 2
-    result = pipeline.run(replace(batch, sampling=sampling, adjustments=adjustments))
+    sampling = _greedy(n, end_adjustment=2)
+    sampling["slot"] = np.arange(n)
+    batch = replace(batch, sampling=sampling)
+    result = pipeline.run(replace(batch, adjustment_changes=changes))
     np.testing.assert_array_equal(result.tokens, wanted)
-    np.testing.assert_array_equal(sampling["first_adjustment"], 2 * np.arange(n))
+    # They stay until they change.
+    adjustments["token"][0], wanted[0] = wanted[0] - 1, wanted[0] - 1
+    result = pipeline.run(replace(batch, adjustment_changes=changes[:1]))
+    np.testing.assert_array_equal(result.tokens, wanted)
+
+
+def test_tokens_are_looked_up_by_slot(model: Path) -> None:
+    """Steps that feed what the step before has sampled, launched before its result is known."""
+    prompts = [_prompt(20), _prompt(3, 1)]
+    with Pipeline(model) as pipeline:
+        sequences = [CachedSequence() for _ in prompts]
+        batch = pipeline.batch(list(zip(sequences, prompts, strict=True)))
+        ends = np.array([19, 22], np.int32)
+        sampling = _greedy(2, repeat_penalty=1.3, count_newest=1)
+        sampling["slot"] = [0, 1]
+        stage = pipeline.workers[0]
+        launched = [stage.launch(replace(batch, output_rows=ends, sampling=sampling))]
+        tokens = []
+        for _ in range(6):
+            batch = pipeline.batch([(sequence, [-1 - slot]) for slot, sequence in enumerate(sequences)])
+            launched.append(stage.launch(replace(batch, sampling=sampling)))
+            tokens.append(stage.finish(launched.pop(0)).tokens)
+        np.testing.assert_array_equal(tokens, _one_by_one(pipeline, prompts, 6))
+
+
+def _one_by_one(pipeline: Pipeline, prompts: list[np.ndarray], n: int) -> np.ndarray:
+    """The same tokens from raw logits, each step fed by hand; only the last token counts as seen."""
+    columns = []
+    for prompt in prompts:
+        sequence, fed, column = CachedSequence(), prompt, []
+        for _ in range(n):
+            logits = pipeline.logits((sequence, fed))[0][-1]
+            if column:
+                logits[column[-1]] *= 1 / 1.3 if logits[column[-1]] > 0 else 1.3
+            column.append(int(logits.argmax()))
+            fed = np.array(column[-1:])
+        columns.append(column)
+    return np.array(columns).T
 
 
 def test_a_step_without_outputs(pipeline: Pipeline) -> None:
@@ -107,7 +151,6 @@ def test_a_step_without_outputs(pipeline: Pipeline) -> None:
     silent = replace(
         pipeline.batch([(sequence, prompt[:20])]),
         output_rows=np.empty(0, np.int32),
-        adjustments=np.zeros(1, ADJUSTMENT_DTYPE),
     )
     result = pipeline.run(silent)
     assert result.tokens.shape == (0,)
@@ -154,10 +197,20 @@ def test_hidden_states_between_stages(model: Path) -> None:
         last.run(batch, hidden)
 
 
-def _without_last_block(batch: StepBatch) -> StepBatch:
-    tables = batch.block_tables.copy()
-    tables[0, 1] = -1
-    return replace(batch, block_tables=tables)
+def _with_entry(**changes: int) -> Callable[[StepBatch], StepBatch]:
+    entry = np.zeros(1, TABLE_ENTRY_DTYPE)
+    for name, value in changes.items():
+        entry[name] = value
+    return lambda batch: replace(batch, table_entries=np.concatenate([batch.table_entries, entry]))
+
+
+def _with_change(
+    index: int = 0, token: int = 0, slot: int = 0, n: int = 1
+) -> Callable[[StepBatch], StepBatch]:
+    """An adjustment, and a sampling row that has `n` of them."""
+    change = np.zeros(1, ADJUSTMENT_CHANGE_DTYPE)
+    change["slot"], change["index"], change["adjustment"]["token"] = slot, index, token
+    return lambda batch: replace(batch, adjustment_changes=change, sampling=_greedy(24, end_adjustment=n))
 
 
 def _with_starts(*starts: int) -> Callable[[StepBatch], StepBatch]:
@@ -167,18 +220,17 @@ def _with_starts(*starts: int) -> Callable[[StepBatch], StepBatch]:
 BROKEN: dict[str, tuple[Callable[[StepBatch], StepBatch], str]] = {
     "no tokens": (lambda b: replace(b, token_ids=b.token_ids[:0]), "0 tokens"),
     "too many tokens": (lambda b: replace(b, token_ids=np.zeros(129, np.int32)), "129 tokens"),
-    "no sequences": (lambda b: replace(b, query_starts=b.query_starts[:1]), "0 sequences"),
-    "too many sequences": (
-        lambda b: replace(b, query_starts=np.arange(10, dtype=np.int32)),
-        "9 sequences",
-    ),
+    "no sequences": (lambda b: replace(b, slots=b.slots[:0]), "0 sequences"),
+    "too many sequences": (lambda b: replace(b, slots=np.arange(9, dtype=np.int32)), "9 sequences"),
+    "too few query starts": (lambda b: replace(b, query_starts=b.query_starts[:2]), "query starts"),
     "too many outputs": (lambda b: replace(b, output_rows=np.zeros(129, np.int32)), "129 output rows"),
-    "too wide tables": (lambda b: replace(b, block_tables=np.zeros((2, 17), np.int32)), "17 columns"),
-    "no tables": (lambda b: replace(b, block_tables=np.zeros((2, 0), np.int32)), "0 columns"),
-    "too few tables": (lambda b: replace(b, block_tables=b.block_tables[:1]), "rows of block_tables"),
+    "table row out of range": (_with_entry(row=8), "rows of block tables"),
+    "table column out of range": (_with_entry(column=16), "columns of block tables"),
+    "block out of range": (_with_entry(block=1024), "blocks"),
+    "slot out of range": (lambda b: replace(b, slots=b.slots + np.int32(7)), "slots"),
     "too few positions": (lambda b: replace(b, positions=b.positions[1:]), "positions"),
-    "token out of range": (lambda b: replace(b, token_ids=b.token_ids + np.int32(N_VOCAB)), "token_ids"),
-    "negative token": (lambda b: replace(b, token_ids=b.token_ids - np.int32(N_VOCAB)), "token_ids"),
+    "token out of range": (lambda b: replace(b, token_ids=b.token_ids + np.int32(N_VOCAB)), "token ids"),
+    "negative token": (lambda b: replace(b, token_ids=b.token_ids - np.int32(N_VOCAB)), "token ids"),
     "position out of range": (lambda b: replace(b, positions=b.positions + np.int32(250)), "positions"),
     "negative position": (lambda b: replace(b, positions=b.positions - np.int32(1)), "positions"),
     "gap in positions": (lambda b: replace(b, positions=b.positions // np.int32(2)), "follow one another"),
@@ -186,26 +238,14 @@ BROKEN: dict[str, tuple[Callable[[StepBatch], StepBatch], str]] = {
     "starts not from 0": (lambda b: replace(b, query_starts=b.query_starts + np.int32(1)), "query starts"),
     "empty sequence": (_with_starts(0, 24, 24), "at least one token"),
     "descending starts": (_with_starts(0, 30, 24), "query starts"),
-    "block out of range": (lambda b: replace(b, block_tables=b.block_tables + np.int32(1024)), "blocks"),
-    "block missing": (_without_last_block, "block"),
-    "wrong type": (lambda b: replace(b, token_ids=b.token_ids.astype(np.int64)), "int32"),
-    "wrong dimensions": (lambda b: replace(b, block_tables=b.block_tables[0]), "dimensions"),
     "sampling rows missing": (lambda b: replace(b, sampling=b.sampling[:1]), "sampling rows"),
     "too many top tokens": (lambda b: replace(b, n_top=21), "most probable"),
-    "adjustments out of range": (
-        lambda b: replace(
-            b, adjustments=np.zeros(1, ADJUSTMENT_DTYPE), sampling=_greedy(24, end_adjustment=2)
-        ),
-        "adjustments",
-    ),
-    "adjustment of no token": (
-        lambda b: replace(b, adjustments=np.array([(N_VOCAB, 0, 0, 0.0)], ADJUSTMENT_DTYPE)),
-        "adjustments",
-    ),
-    "too many adjustments": (
-        lambda b: replace(b, adjustments=np.zeros(LIMITS.max_adjustments + 1, ADJUSTMENT_DTYPE)),
-        "adjustments",
-    ),
+    "sampling slot out of range": (lambda b: replace(b, sampling=_greedy(24, slot=8)), "slots"),
+    "adjustments that are not there": (_with_change(n=99), "adjustments"),
+    "adjustment of no token": (_with_change(token=N_VOCAB), "adjustments"),
+    "adjustment of no slot": (_with_change(slot=8), "slots"),
+    "too many adjustments": (_with_change(n=LIMITS.max_adjustments), "adjustments"),
+    "adjustment number out of range": (_with_change(index=LIMITS.max_adjustments), "adjustments"),
 }
 
 
