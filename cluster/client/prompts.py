@@ -25,10 +25,18 @@ class PromptEncoder:
         tokenizer: the model's.
         chat: its chat template, or why it has none.
         max_length: tokens of the longest sequence, prompt and answer together.
+        parse_special: control tokens spelled in chat messages count as such, not only the template's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: ChatTemplate | ChatTemplateError, max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: ChatTemplate | ChatTemplateError,
+        max_length: int,
+        parse_special: bool = False,
+    ) -> None:
         self._tokenizer, self._chat, self._max_length = tokenizer, chat, max_length
+        self._parse_special = parse_special
 
     def encode(self, prompt: Prompt | np.ndarray, *, n_answer: int = 1) -> list[int]:
         """Token ids of one prompt, which leaves room for at least `n_answer` tokens.
@@ -81,7 +89,9 @@ class PromptEncoder:
         if isinstance(self._chat, ChatTemplateError):
             raise PromptError(str(self._chat))
         try:
-            text = self._chat.render(messages)
+            text = self._chat.render(
+                messages, conceal=None if self._parse_special else self._tokenizer.conceal
+            )
         except ChatTemplateError as error:
             raise PromptError(str(error)) from error
         return self._tokenizer.encode(text, parse_special=True)

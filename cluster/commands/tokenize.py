@@ -41,7 +41,7 @@ def tokenize(
     with GGUFFile.open(find_model(model)) as file:
         tokenizer = Tokenizer.from_metadata(file.metadata)
     for text in with_stdin_lines(texts) if texts else list(_read_jsonl(jsonl or Path())):
-        print(*tokenizer.encode(text, add_special=special))
+        print(*tokenizer.encode(text, add_special=special, add_end=special))
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:

@@ -1,42 +1,35 @@
 """Chat messages to prompt text, by the Jinja template that a GGUF file carries.
 
-Templates are written for Hugging Face `transformers`, so they find here what they find there
-(https://huggingface.co/docs/transformers/chat_templating_writing). But a template comes in a stranger's file:
-it runs in Jinja's immutable sandbox, and what it can spend is bounded. `range` by the sandbox, the prompt by
-`MAX_PROMPT_CHARACTERS`, the time by `MAX_RENDER_SECONDS`, and the result of any one operation that can be
-much larger than its operands by `MAX_VALUE_SIZE`.
+A template comes in a stranger's file, so it runs in a process of its own with bounded memory, time and
+output (`template_process`). Templates read a message's content as text or as a list of parts; which of the
+two is found out by trying, because the other one vanishes from the prompt without an error.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
-import re
+import contextlib
+import logging
+import pickle
+import secrets
+import select
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
-from functools import wraps
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from redshard.loader.tokenizer import template_process
+from redshard.loader.tokenizer.template_process import LENGTH, PROMPT, RenderRequest, write
+
+logger = logging.getLogger(__name__)
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_PROMPT_CHARACTERS = 1 << 24
-MAX_VALUE_SIZE = 1 << 24
-"""Characters of a string, entries of a list, or bits of a number."""
 MAX_RENDER_SECONDS = 10.0
 
-_GROWING_METHODS = frozenset(
-    ("center", "expandtabs", "format", "format_map", "join", "ljust", "replace", "rjust", "zfill")
-)
-_GROWING_FILTERS = ("batch", "center", "format", "indent", "join", "replace", "slice", "wordwrap")
-_NUMBER = re.compile(r"[0-9]{1,4000}")
-_WIDTH_ARGUMENT = re.compile(r"%[^A-Za-z%]*\*|\{[^{}]*:[^{}]*\{")
+#: A text as it is to be read as content: what `Tokenizer.conceal` gives, for instance.
+Conceal = Callable[[str], str]
 
 
 class ChatTemplateError(ValueError):
@@ -44,39 +37,34 @@ class ChatTemplateError(ValueError):
 
 
 class ChatTemplate:
-    """Renders chat messages as the prompt that a model was trained on.
+    """Renders chat messages as the prompt that a model was trained on. Safe to share between threads.
 
     The prompt spells the model's special tokens, so encode it with `parse_special=True`.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        """Compile the templates.
+        """Take the templates, which are compiled when they are first used.
 
         sources: template texts by name; `default`, and `tool_use` where there is one for requests with tools.
         special_tokens: `bos_token` and the like, for the template to write.
 
         Raises:
-            ChatTemplateError: a template is too long or not valid Jinja.
+            ChatTemplateError: a template is too long.
         """
-        environment = _Environment(extensions=[loopcontrols, _Generation])
-        environment.globals.update(special_tokens, raise_exception=_raise, strftime_now=_now)
-        self._templates = {}
         for name, source in sources.items():
             if len(source) > MAX_TEMPLATE_CHARACTERS:
                 raise ChatTemplateError(
                     f"chat template {name!r} has {len(source)} characters, over {MAX_TEMPLATE_CHARACTERS}"
                 )
-            try:
-                self._templates[name] = environment.from_string(source)
-            except (TemplateError, RecursionError, SyntaxError, ValueError) as error:
-                raise ChatTemplateError(f"chat template {name!r} is not valid: {error}") from error
+        self._sources, self._special_tokens = dict(sources), dict(special_tokens)
+        self._reads_parts: dict[tuple[str, str], bool] = {}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
         """The template of a GGUF file.
 
         Raises:
-            ChatTemplateError: the file has none, or a broken one.
+            ChatTemplateError: the file has none, or one that is too long.
         """
         key = "tokenizer.chat_template"
         sources = {"default": metadata.get(key), "tool_use": metadata.get(f"{key}.tool_use")}
@@ -88,24 +76,101 @@ class ChatTemplate:
         return cls(texts, _special_tokens(metadata))
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        conceal: Conceal | None = None,
+        **variables: Any,
     ) -> str:
         """The prompt for a conversation.
 
         messages: each with `role`, and `content` that is text or a list of text parts; None only beside
             `tool_calls`.
         add_generation_prompt: end where the model's answer begins.
+        conceal: what every text but roles is passed through: see `Tokenizer.conceal`.
         variables: what else the template may read, such as `tools`.
 
         Raises:
-            ChatTemplateError: the messages are malformed, or the template refuses them, fails or exceeds its
-            bounds.
+            ChatTemplateError: the messages are malformed, or the template is not valid, refuses them, fails
+                or exceeds its bounds.
         """
-        conversation = _checked(messages)
-        name = "tool_use" if variables.get("tools") and "tool_use" in self._templates else "default"
+        name = "tool_use" if variables.get("tools") and "tool_use" in self._sources else "default"
+        conversation = [self._readable(name, message) for message in _checked(messages)]
+        if conceal is not None:
+            conversation = [
+                {**_all_concealed(message, conceal), "role": message["role"]} for message in conversation
+            ]
+            variables = _all_concealed(variables, conceal)
         values = {"tools": None, "documents": None, **variables}
         values.update(messages=conversation, add_generation_prompt=add_generation_prompt)
-        return _within_deadline(lambda: _joined(self._templates[name].generate(values)))
+        return self._rendered(name, values)
+
+    def _rendered(self, name: str, values: Mapping[str, Any]) -> str:
+        request = RenderRequest(
+            self._sources[name],
+            self._special_tokens,
+            values,
+            MAX_PROMPT_CHARACTERS,
+            MAX_RENDER_SECONDS,
+        )
+        return _sandbox.render(request)
+
+    def _readable(self, name: str, message: dict[str, Any]) -> dict[str, Any]:
+        """A message whose content has the form that the template reads."""
+        content = message["content"]
+        if content is None:
+            return message
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if self._takes_parts(name, message["role"]):
+            return {**message, "content": parts}
+        return {**message, "content": "".join(part["text"] for part in parts)}
+
+    def _takes_parts(self, name: str, role: str) -> bool:
+        """Whether the template shows the text of such a message only if it is in a list of parts."""
+        if (name, role) not in self._reads_parts:
+            self._reads_parts[name, role] = self._probe(name, role)
+        return self._reads_parts[name, role]
+
+    def _probe(self, name: str, role: str) -> bool:
+        probe = f"probe {secrets.token_hex(8)}"
+        shown = {}
+        for form, content in (("text", probe), ("parts", [{"type": "text", "text": probe}])):
+            values = {
+                "messages": _conversation_with({"role": role, "content": content}),
+                "add_generation_prompt": True,
+                "tools": None,
+                "documents": None,
+            }
+            try:
+                shown[form] = probe in self._rendered(name, values)
+            except ChatTemplateError as error:
+                logger.debug("%s as %s: %s", role, form, error)
+        if shown.get("text"):  # a list shown as it is contains the text too
+            return False
+        if shown.get("parts"):
+            return True
+        if shown:
+            logger.warning(
+                "the chat template shows nothing of messages by %r, neither as text nor as parts; the model "
+                "may not get to read them",
+                role,
+            )
+        return False
+
+
+def _conversation_with(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A conversation as templates expect it, with a message of any role in it."""
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    match message["role"]:
+        case "user":
+            return [message]
+        case "assistant":
+            return [question, message, question]
+        case "tool":
+            return [question, answer, message]
+        case _:
+            return [message, question]
 
 
 def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -128,183 +193,89 @@ def _checked_message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
         raise ChatTemplateError(f"chat message {number} must be a mapping with a text 'role'")
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "".join(_part_text(number, part) for part in content)
-    if not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
+        content = [_checked_part(number, part) for part in content]
+    elif not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
         raise ChatTemplateError(f"chat message {number} must have a text 'content', or a list of text parts")
     return {**message, "content": content}
 
 
-def _part_text(number: int, part: Any) -> str:
+def _checked_part(number: int, part: Any) -> dict[str, Any]:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+        return dict(part)
     raise ChatTemplateError(f"chat message {number} has a part that is not text; only text can be read")
 
 
-def _joined(chunks: Iterable[str]) -> str:
-    parts: list[str] = []
-    length = 0
-    for chunk in chunks:
-        parts.append(chunk)
-        length += len(chunk)
-        if length > MAX_PROMPT_CHARACTERS:
-            raise ChatTemplateError(f"the chat template wrote more than {MAX_PROMPT_CHARACTERS} characters")
-    return "".join(parts)
+def _all_concealed(value: Any, conceal: Conceal) -> Any:
+    """The same with every text passed through `conceal`, but for the keys of mappings."""
+    if isinstance(value, str):
+        return conceal(value)
+    if isinstance(value, Mapping):
+        return {key: _all_concealed(item, conceal) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_all_concealed(item, conceal) for item in value]
+    return value
 
 
-class _TimeIsUp(Exception):
-    """Raised inside a template that runs too long."""
+class _Sandbox:
+    """The process that renders, started when it is needed and again after it had to be ended."""
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
 
-def _within_deadline(render: Callable[[], str]) -> str:
-    """The result of `render`, run in a thread so that it can be broken off between two bytecodes."""
-    texts: list[str] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
+    def render(self, request: RenderRequest) -> str:
+        """The prompt. Raises ChatTemplateError with the reason where there is none."""
         try:
-            texts.append(render())
+            message = pickle.dumps(request)
         except Exception as error:
-            errors.append(error)
+            raise ChatTemplateError(f"the chat messages hold what cannot be passed on: {error}") from None
+        with self._lock:
+            answer = self._answer(message, request.max_seconds)
+        if not answer.startswith(PROMPT):
+            raise ChatTemplateError(answer[1:])
+        return answer[1:]
 
-    thread = threading.Thread(target=run, name="chat-template", daemon=True)
-    thread.start()
-    thread.join(MAX_RENDER_SECONDS)
-    if thread.is_alive() and thread.ident is not None:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_TimeIsUp))
-        raise ChatTemplateError(f"the chat template ran for more than {MAX_RENDER_SECONDS:g} s")
-    if errors:
-        if isinstance(errors[0], ChatTemplateError):
-            raise errors[0]
-        reason = str(errors[0]) or type(errors[0]).__name__
-        raise ChatTemplateError(f"the chat template failed on these messages: {reason}") from errors[0]
-    return texts[0]
+    def _answer(self, message: bytes, max_seconds: float) -> str:
+        process = self._started()
+        assert process.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # its end is noticed below
+                write(process.stdin, message)
+            answer = self._read(process, time.monotonic() + max_seconds)
+        except BaseException:  # an interrupt too: what comes next would be the answer to this
+            self._end()
+            raise
+        return answer.decode(errors="surrogatepass")
 
+    def _read(self, process: subprocess.Popen[bytes], ends: float) -> bytes:
+        header = self._read_exactly(process, LENGTH.size, ends)
+        return self._read_exactly(process, LENGTH.unpack(header)[0], ends)
 
-def _raise(message: str) -> None:
-    raise ChatTemplateError(f"the chat template refuses these messages: {message}")
+    def _read_exactly(self, process: subprocess.Popen[bytes], n: int, ends: float) -> bytes:
+        assert process.stdout is not None
+        data = bytearray()
+        while len(data) < n:
+            left = ends - time.monotonic()
+            if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+                raise ChatTemplateError(f"the chat template ran for more than {MAX_RENDER_SECONDS:g} s")
+            if not (piece := process.stdout.read1(n - len(data))):  # type: ignore[attr-defined]
+                raise ChatTemplateError("the chat template ended the process that renders it")
+            data += piece
+        return bytes(data)
 
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            path, module = repr(sys.path), template_process.__name__
+            code = f"import sys; sys.path[:] = {path}; from {module} import serve; serve()"
+            command = [sys.executable, "-c", code]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self._process
 
-def _now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    if indent is not None:
-        _refuse_huge(indent, 1 << 10)
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; for inference it is no more than its
-    body.
-    """
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _concatenated(strings: Iterable[str]) -> str:
-    strings = list(strings)
-    _refuse_larger(sum(map(len, strings)))
-    return "".join(strings)
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
 
 
-class _BoundedCode(CodeGenerator):
-    """Compiles `a ~ b` to the environment's own concatenation."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concat(map(str, (")
-        for operand in node.nodes:
-            self.visit(operand, frame)
-            self.write(", ")
-        self.write(")))")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with a bound on what one operation can make."""
-
-    code_generator_class = _BoundedCode
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
-    concat = staticmethod(_concatenated)
-
-    def __init__(self, extensions: Sequence[str | type[Extension]]) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        for name in _GROWING_FILTERS:
-            self.filters[name] = _bounded(self.filters[name])
-        self.filters["tojson"] = _to_json
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            _refuse_huge(
-                abs(left) if isinstance(left, int) else 1, abs(right) if isinstance(right, int) else 1
-            )
-        elif operator == "+" and isinstance(left, str | Sequence) and isinstance(right, str | Sequence):
-            _refuse_larger(len(left) + len(right))
-        elif isinstance(left, str | Sequence) or isinstance(right, str | Sequence):
-            _refuse_growth("format" if operator == "%" else operator, (left, right))
-        return super().call_binop(context, operator, left, right)
-
-    def call(self, context: Context, callee: Any, *arguments: Any, **keywords: Any) -> Any:
-        name = getattr(callee, "__name__", "")
-        if name in _GROWING_METHODS:
-            arguments = _settled(arguments)
-            method = getattr(callee, "__wrapped__", callee)  # the sandbox wraps str.format
-            _refuse_growth(name, (getattr(method, "__self__", None), *arguments, *keywords.values()))
-        return super().call(context, callee, *arguments, **keywords)
-
-
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def bounded(*arguments: Any, **keywords: Any) -> Any:
-        arguments = _settled(arguments)
-        _refuse_growth(function.__name__, (*arguments, *keywords.values()))
-        return function(*arguments, **keywords)
-
-    return bounded
-
-
-def _settled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lists in place of iterators, whose size cannot be told."""
-    return tuple(list(argument) if isinstance(argument, Iterator) else argument for argument in arguments)
-
-
-def _refuse_growth(operation: str, operands: Iterable[Any]) -> None:
-    """Refuse what could yield more than the product of its operands' sizes allows."""
-    operands = list(operands)
-    counts = operation not in ("format", "join", "replace")
-    if operation == "format" and isinstance(operands[0], str):
-        _refuse_larger(max(map(int, _NUMBER.findall(operands[0])), default=0))
-        counts = _WIDTH_ARGUMENT.search(operands[0]) is not None
-    _refuse_huge(*(_size(operand, counts) for operand in operands))
-
-
-def _size(operand: Any, counts: bool) -> int:
-    """How much text an operand can add; `counts`: its numbers are widths or repetitions."""
-    if isinstance(operand, int):
-        return abs(operand) if counts else 1
-    if isinstance(operand, list | tuple):
-        return sum(_size(entry, counts) for entry in operand)
-    return len(operand) if isinstance(operand, str | Mapping) else 1
-
-
-def _refuse_huge(*factors: int) -> None:
-    size = 1
-    for factor in factors:
-        size *= max(1, factor)
-        _refuse_larger(size)
-
-
-def _refuse_larger(size: int) -> None:
-    if size > MAX_VALUE_SIZE:
-        raise ChatTemplateError(f"the chat template makes a value larger than {MAX_VALUE_SIZE}")
+_sandbox = _Sandbox()

@@ -209,7 +209,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = dict(
                     r"[\r\n]",
                     rf"\s?[{_DEEPSEEK_LLM_LETTERS}]+",
                     "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-                    r"\s+$",
+                    r"(?<!\s)\s++$",  # tried once a run: \s+$ would be tried from each of its characters
                     _DEEPSEEK_IDEOGRAPHS,
                     r"\p{N}+",
                 )

@@ -83,6 +83,7 @@ class Tokenizer:
         lstrip, rstrip = _stripping(vocabulary, metadata)
         self._user_defined = _SpecialTokens(vocabulary, user_defined, lstrip, rstrip)
         self._all_special = _SpecialTokens(vocabulary, [*user_defined, *self._special_ids], lstrip, rstrip)
+        self._disguise = _Disguise([vocabulary.tokens[id_] for id_ in self._special_ids])
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -99,26 +100,49 @@ class Tokenizer:
             )
         return cls(vocabulary, build(vocabulary, metadata), metadata)
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, add_end: bool = False, parse_special: bool = False
+    ) -> list[int]:
         """Token ids of `text`.
 
-        add_special: put the model's begin and end tokens around it, where it has them; a begin token that
-            the text itself starts with is not doubled.
-        parse_special: take control tokens spelled in the text (`<|im_end|>`) as such; with text of strangers
-            they can then forge them. Tokens that the vocabulary calls user-defined are always found.
+        add_special: put the model's begin token before it, where it has one; a begin token that the text
+            itself starts with is not doubled.
+        add_end: put the model's end token behind it too, where it wants one: for texts that are complete, not
+            for prompts, which the model is to go on with.
+        parse_special: take control tokens spelled in the text (`<|im_end|>`) as such, but for what went
+            through `conceal`. Tokens that the vocabulary calls user-defined are always found.
 
         A lone surrogate counts as U+FFFD.
         """
         ids: list[int] = []
-        special_tokens = self._all_special if parse_special else self._user_defined
-        for part in special_tokens.split(_well_formed(text)):
+        for part in self._pieces(_well_formed(text), parse_special):
             if isinstance(part, int):
                 ids.append(part)
             else:
                 ids += self._kind.model.encode(part)
         if not add_special:
             return ids
-        return [*(self._head if ids[:1] != self._head else ()), *ids, *self._tail]
+        return [*(self._head if ids[:1] != self._head else ()), *ids, *(self._tail if add_end else ())]
+
+    def conceal(self, text: str) -> str:
+        """A stranger's text, such that no control token that it spells is taken as one when it is encoded.
+
+        The text has the same length, and encodes as it would without `parse_special`, also as a part of
+        another text. The first characters of what could be a control token, or the beginning of one, are
+        replaced by noncharacters, which stand for them until they are encoded.
+        """
+        return self._disguise.conceal(_well_formed(text))
+
+    def _pieces(self, text: str, parse_special: bool) -> Iterator[str | int]:
+        """Plain text, and ids of special tokens, in order."""
+        if not parse_special:
+            yield from self._user_defined.split(text)
+            return
+        for part in self._all_special.split(text):
+            if isinstance(part, str) and self._disguise.is_worn_by(part):
+                yield from self._user_defined.split(self._disguise.reveal(part))
+            else:
+                yield part
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False) -> str:
         """The text that `ids` spell; bytes that are no UTF-8 become U+FFFD.
@@ -213,6 +237,49 @@ class _SpecialTokens:
                 if id_ is not None:
                     yield begin, begin + length, id_
                     break
+
+
+class _Disguise:
+    """Hides what spells a control token by replacing its first character by a noncharacter of its own.
+
+    Source: The Unicode Standard, section 23.7: U+FDD0 to U+FDEF are for the internal use of programs.
+    """
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        tokens = [token for token in tokens if token]
+        firsts = sorted({token[0] for token in tokens})
+        self._masks = dict(zip(firsts, map(chr, range(0xFDD0, 0xFDF0)), strict=False))
+        self._by_first = {first: [t for t in tokens if t[0] == first] for first in firsts}
+        self._worn = re.compile("[\ufdd0-\ufdef]")
+        self._revealing = {ord(mask): first for first, mask in self._masks.items()}
+        self._first = re.compile(f"[{re.escape(''.join(firsts))}]") if firsts else None
+
+    def conceal(self, text: str) -> str:
+        text = self._worn.sub("\ufffd", text)
+        if self._first is None:
+            return text
+        characters: list[str] | None = None
+        for candidate in self._first.finditer(text):
+            begin = candidate.start()
+            if any(_begins(text, begin, token) for token in self._by_first[candidate[0]]):
+                characters = characters or list(text)
+                characters[begin] = self._masks.get(candidate[0], "\ufffd")
+        return text if characters is None else "".join(characters)
+
+    def is_worn_by(self, text: str) -> bool:
+        """Whether some of the text is concealed."""
+        return self._worn.search(text) is not None
+
+    def reveal(self, text: str) -> str:
+        """The text as it was."""
+        return text.translate(self._revealing)
+
+
+def _begins(text: str, begin: int, token: str) -> bool:
+    """Whether a token stands there, or the text ends in the middle of it."""
+    return text.startswith(token, begin) or (
+        len(text) - begin < len(token) and token.startswith(text[begin:])
+    )
 
 
 def _stripping(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> tuple[set[int], set[int]]:

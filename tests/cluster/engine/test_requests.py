@@ -74,6 +74,9 @@ class Letters:
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         return [ord(letter) for letter in text] + [0] * parse_special
 
+    def conceal(self, text: str) -> str:
+        return text.replace("<", "*")
+
 
 TEMPLATE = ChatTemplate(
     {"default": "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"}, {}
@@ -87,6 +90,9 @@ def test_prompts_of_every_kind() -> None:
     assert encoder.encode(np.array([1, 2], np.int32)) == [1, 2]
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     assert encoder.encode(chat) == [*map(ord, "u:hi;a:yo;"), 0]
+    forging = [{"role": "user", "content": "<hi"}]
+    assert encoder.encode(forging) == [*map(ord, "u:*hi;"), 0]
+    assert PromptEncoder(Letters(), TEMPLATE, 20, parse_special=True).encode(forging)[2] == ord("<")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import contextlib
+import resource
 import time
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from redshard.loader.tokenizer import chat_template
 from redshard.loader.tokenizer.chat_template import ChatTemplate, ChatTemplateError
@@ -132,7 +136,7 @@ def test_template_errors(source: str, message: str) -> None:
         REPEATED + "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
         "{{ 'a' * 10**10 }}",
         "{{ [[1] * 10000] * 10000 }}",
-        "{{ 10**10**10 }}",
+        "{{ 10 ** (10**10) }}",
         "{{ 'a'.center(10**10) }}",
         "{{ 'a' | center(10**10) }}",
         "{{ 'a\\n' | indent(10**10) }}",
@@ -146,13 +150,106 @@ def test_template_errors(source: str, message: str) -> None:
         "{{ ('a' * 100000) | replace('a', 'b' * 100000) }}",
         "{{ ('a' * 100000).join(range(100000) | map('string')) }}",
         "{{ range(100000) | map('string') | join('a' * 100000) }}",
+        "{{ ([''] * 20000) | join('x' * 2000) }}",
+        "{{ ([messages[0].content] * 20000) | join('x' * 2000) }}",
+        "{{ 'x' | urlize | replace('x', 'y' * 10**8) }}",
+        "{% macro m(n) %}{{ n }}{{ m(n ~ n) }}{% endmacro %}{{ m('ab') }}",
+        "{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}",
+        "{{ (range(100000) | list) * 100000 }}",
+        "{{ [[[[[[0] * 99] * 99] * 99] * 99] * 99] | tojson }}",
     ],
 )
-def test_no_operation_makes_a_huge_value(source: str) -> None:
-    begun = time.process_time()
-    with pytest.raises(ChatTemplateError, match="larger than"):
+def test_no_template_takes_much_memory_or_time(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 3.0)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ChatTemplateError, match=r"larger than|wrote more|recursion|ran for|too large"):
         rendered(source)
-    assert time.process_time() - begun < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < largest + (64 << 10)  # kibibytes
+    assert rendered(CHATML).startswith("<|im_start|>user")  # the next one is none the worse for it
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ [1700000000, 2] | join(',') }}", "1700000000,2"),
+        ("{{ (messages[0].content * 24000).replace('l', 'll') | length }}", "168000"),
+        ("{{ messages[0].content | replace('Hello', 'x' * 120000) | length }}", "120000"),
+    ],
+)
+def test_large_values_that_are_none_too_large(source: str, expected: str) -> None:
+    assert rendered(source) == expected
+
+
+_ATOMS = "messages messages[0].content 'ab' [1,'x'] {'a':[2]} 10**6 99 range(99) none n.x"
+_FILTERS = """batch(3) capitalize center(99999) count default(1) dictsort escape first format(1) groupby(0)
+    indent(9999) items join('x'*999) last length list lower map('string') max pprint random reject
+    replace('a','b'*9999) reverse round select slice(3) sort string striptags sum title tojson(indent=9)
+    trim truncate unique upper urlencode urlize wordcount wordwrap(1) xmlattr"""
+_METHODS = """upper() center(99999) replace('a','b'*9999) split('a') join(['x']*999) format(1) zfill(99999)
+    expandtabs(9999) ljust(99999) items() keys() encode() title() splitlines() partition('a')"""
+_OPERATORS = "+ * ** % ~ - in =="
+
+
+def one_of(words: str) -> st.SearchStrategy[str]:
+    return st.sampled_from(words.split())
+
+
+_EXPRESSIONS = st.recursive(
+    one_of(_ATOMS),
+    lambda inner: st.one_of(
+        st.tuples(inner, one_of(_FILTERS)).map(lambda t: f"({t[0]} | {t[1]})"),
+        st.tuples(inner, one_of(_METHODS)).map(lambda t: f"({t[0]}).{t[1]}"),
+        st.tuples(inner, one_of(_OPERATORS), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
+    ),
+    max_leaves=6,
+)
+_LOOPS = st.sampled_from(
+    [
+        "{0}",
+        "{{% for i in range(999) %}}{0}{{% endfor %}}",
+        "{{% for i in range(30) %}}{{% set n.x = [n.x, {1}] %}}{{% endfor %}}{0}",
+        "{{% for i in range(30) %}}{{% set n.x = n.x ~ {1} ~ n.x %}}{{% endfor %}}{0}",
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(_EXPRESSIONS, _LOOPS)
+def test_any_template_ends_within_its_bounds(expression: str, loop: str) -> None:
+    """Filters, methods, operators and loops in any combination: an answer or an error, in time."""
+    source = "{% set n = namespace(x='a') %}" + loop.format("{{ " + expression + " }}", expression)
+    largest, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template, "MAX_RENDER_SECONDS", 1.0)
+        with contextlib.suppress(ChatTemplateError):
+            assert len(rendered(source)) <= chat_template.MAX_PROMPT_CHARACTERS
+    assert time.monotonic() - begun < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < largest + (256 << 10)
+
+
+PARTS = (
+    "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"
+    "{% endfor %}|{% endfor %}"
+)
+FIRST_PART = "{% for m in messages %}{{ m['content'][0]['text'] }}|{% endfor %}"
+MIXED = "{% for m in messages %}{{ m.content if m.role == 'system' else m.content[0].text }}|{% endfor %}"
+EITHER = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}|{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [PARTS, FIRST_PART, MIXED, EITHER])
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_content_comes_in_the_form_that_the_template_reads(source: str, as_parts: bool) -> None:
+    def content(text: str) -> Any:
+        return [{"type": "text", "text": text}] if as_parts else text
+
+    roles = ["system", "user", "assistant", "user"]
+    messages = [{"role": role, "content": content(f"{role} says")} for role in roles]
+    assert rendered(source, messages) == "".join(f"{role} says|" for role in roles)
+
+
+def test_a_template_that_shows_nothing_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert rendered("{{ messages[0].text }}") == ""
+    assert "shows nothing of messages by 'user'" in caplog.text
 
 
 def test_the_prompt_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

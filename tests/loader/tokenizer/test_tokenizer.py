@@ -41,6 +41,8 @@ BYTE_LEVEL = byte_level_bpe(
 
 
 def encoded(meta: dict[str, Any], text: str, **options: bool) -> list[str]:
+    """With the tokens at both ends, unless told otherwise."""
+    options = {"add_end": True} | options
     return texts_of(meta, Tokenizer.from_metadata(meta).encode(text, **options))
 
 
@@ -53,7 +55,9 @@ class TestSentencePieceBpe:
 
     def test_adds_begin_of_sequence_unless_told_otherwise(self) -> None:
         assert encoded(SENTENCEPIECE, "a") == ["<s>", "▁a"]
-        assert encoded(sentencepiece_bpe(PIECES, add_bos_token=False, add_eos_token=True), "a") == [
+        assert encoded(
+            sentencepiece_bpe(PIECES, add_bos_token=False, add_eos_token=True), "a", add_end=True
+        ) == [
             "▁a",
             "</s>",
         ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -61,6 +62,30 @@ def test_what_only_looked_like_a_stop_string_comes_out_at_the_end() -> None:
 
 def test_no_stop_strings_hold_nothing_back() -> None:
     assert StopMatcher([]).push("text") == "text"
+
+
+def test_stop_strings_see_what_is_hidden() -> None:
+    matcher = StopMatcher(["<|user|>", "b<|x|>c"])
+    assert matcher.push("a") == "a"
+    assert matcher.push("<|x|>", hidden=True) == ""
+    assert matcher.push("b") == ""
+    assert matcher.push("<|x|>", hidden=True) == ""
+    assert matcher.push("d") == "bd"
+    assert matcher.push("e<|us", hidden=False) == "e"
+    assert matcher.push("er|>") == ""
+    assert matcher.matched == "<|user|>"
+    hidden = StopMatcher(["<|user|>"])
+    assert hidden.push("a") + hidden.push("<|user|>", hidden=True) == "a"
+    assert hidden.matched == "<|user|>"
+
+
+def test_many_long_stop_strings_cost_no_more_than_the_text() -> None:
+    stops = ["ab" * 400 + str(i) for i in range(200)]
+    matcher = StopMatcher(stops)
+    text = "ab" * 300 + "c" + "xyz" * 1000
+    began = time.process_time()
+    assert matcher.push(text) + matcher.flush() == text
+    assert time.process_time() - began < 5
 
 
 def test_an_empty_stop_string_is_refused() -> None:
