@@ -10,6 +10,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ import ray
 
 from redshard.cluster.client.completion import ChunkStream, Completion, CompletionChunk, completion
 from redshard.cluster.client.prompts import Prompt, PromptEncoder, as_list, check_token_ids, params_of_each
-from redshard.cluster.client.session import ClientSession, ask, end_coordinator
+from redshard.cluster.client.session import ClientSession, end_coordinator, unwrapped
 from redshard.cluster.engine.requests import Increment, Request
 from redshard.cluster.engine.sampling_params import SamplingParams
 from redshard.cluster.errors import ModelError, ParameterError, RequestError
@@ -51,6 +52,8 @@ OnProgress = Callable[[int, int], None]
 #: Threads of the coordinator actor: one waits for output, the others answer everything else.
 _COORDINATOR_THREADS = 8
 _PROGRESS_S = 0.1
+#: Requests of one call that are submitted and have not ended.
+_WINDOW = 4096
 
 
 class LLM:
@@ -71,6 +74,8 @@ class LLM:
         cache_tokens: tokens the key/value cache holds, of all sequences together; None for max_context of
             each sequence, or as many as fit.
         handoff_dtype: type of hidden states between workers; "float16" halves the traffic.
+        parse_special: control tokens spelled in chat messages, such as ``<|im_end|>``, count as such;
+            otherwise only those that the chat template writes.
         worker: everything else that can be configured about a worker.
         on_progress: called while the model is being loaded.
         stage_class: what runs in each worker's process.
@@ -98,6 +103,7 @@ class LLM:
         max_step_tokens: int | None = None,
         cache_tokens: int | None = None,
         handoff_dtype: HandoffType = "float32",
+        parse_special: bool = False,
         worker: WorkerConfiguration | None = None,
         on_progress: OnProgress | None = None,
         stage_class: type[StageActor] = StageActor,
@@ -136,7 +142,7 @@ class LLM:
             logger.warning("%s", info.warning)
         self.max_length = info.max_length
         self.cache_tokens = info.cache_tokens
-        self._prompts = PromptEncoder(self.tokenizer, chat, info.max_length)
+        self._prompts = PromptEncoder(self.tokenizer, chat, info.max_length, parse_special)
         self._session = ClientSession(self._coordinator, ray_session)
         self._closed = weakref.finalize(self, _close, self._session, ray_session)
 
@@ -200,19 +206,22 @@ class LLM:
         """
         tokens = self._prompts.encode(token_ids, n_answer=0)
         request = Request(self._session.new_id(), tokens, SamplingParams(), wants_logits=True)
-        (increment,) = self._increments([request])
-        assert increment.logits is not None
-        return increment.logits
+        logits = np.empty((len(tokens), self.tokenizer.n_vocab), np.float32)
+        for increment in self._increments([request]):
+            if increment.logits is not None:
+                start = increment.logits_start
+                logits[start : start + len(increment.logits)] = increment.logits
+        return logits
 
     # Looking inside
 
     def stats(self) -> dict[str, Any]:
         """State, times of the run loop in seconds (`EngineTimes`), and `WorkerStats` of every worker."""
-        return ask(self._session.call("stats"))
+        return self._session.ask("stats")
 
     def memory_map(self) -> list[dict[str, Any]]:
         """What every worker has allocated on its device, in bytes."""
-        return ask(self._session.call("memory_maps"))
+        return self._session.ask("memory_maps")
 
     def close(self) -> None:
         """End the workers, and Ray too if it was started here. Idempotent; unfinished requests fail."""
@@ -253,35 +262,37 @@ class LLM:
             RequestError: some have failed.
         """
         arrived: queue.SimpleQueue[Increment] = queue.SimpleQueue()
-        ended: list[Increment] = []
+        progress = _Progress(requests)
         try:
-            ask(self._session.register(requests, arrived.put))
-            while len(ended) < len(requests):
+            while not progress.is_done:
+                if due := progress.take_due():
+                    self._session.wait(self._session.register(due, arrived.put))
                 increment = arrived.get()
-                if increment.is_last:
-                    ended.append(increment)
+                progress.note(increment)
                 yield increment
         finally:
             self._session.forget(requests)
-        _raise_first_error(ended)
+        progress.raise_first_error()
 
     async def _aincrements(self, requests: list[Request]) -> AsyncIterator[Increment]:
         """As `_increments`, for asyncio."""
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Increment] = asyncio.Queue()
-        ended: list[Increment] = []
+
+        def deliver(increment: Increment) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, increment)
+
+        progress = _Progress(requests)
         try:
-            await self._session.register(
-                requests, lambda increment: loop.call_soon_threadsafe(arrived.put_nowait, increment)
-            )
-            while len(ended) < len(requests):
+            while not progress.is_done:
+                if due := progress.take_due():
+                    await self._session.register(due, deliver)
                 increment = await arrived.get()
-                if increment.is_last:
-                    ended.append(increment)
+                progress.note(increment)
                 yield increment
         finally:
             self._session.forget(requests)
-        _raise_first_error(ended)
+        progress.raise_first_error()
 
 
 def _open(
@@ -335,13 +346,37 @@ def _whole_number(name: str, value: object, least: int, most: int) -> int:
     return int(value)
 
 
-def _raise_first_error(ended: list[Increment]) -> None:
-    """Raise RequestError if some of the requests failed that have ended thus."""
-    errors = [increment.error for increment in ended if increment.error is not None]
-    if len(ended) > 1 and errors:
-        raise RequestError(f"{len(errors)} of {len(ended)} requests failed; the first: {errors[0]}")
-    if errors:
-        raise RequestError(errors[0])
+class _Progress:
+    """Which requests of a call are to be submitted next, and what became of those that have ended."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self._requests = requests
+        self._n_submitted = self._n_ended = 0
+        self._errors: list[str] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self._n_ended == len(self._requests)
+
+    def take_due(self) -> list[Request]:
+        """More requests, when half of the window is free: one call shall not fill the queue for all."""
+        if self._n_submitted - self._n_ended > _WINDOW // 2:
+            return []
+        begin, self._n_submitted = self._n_submitted, self._n_ended + _WINDOW
+        return self._requests[begin : self._n_submitted]
+
+    def note(self, increment: Increment) -> None:
+        """Count an increment that arrived."""
+        self._n_ended += increment.is_last
+        if increment.error is not None:
+            self._errors.append(increment.error)
+
+    def raise_first_error(self) -> None:
+        """Raise RequestError if some of the requests failed."""
+        n, errors = len(self._requests), self._errors
+        if errors:
+            several = f"{len(errors)} of {n} requests failed; the first: " if n > 1 else ""
+            raise RequestError(f"{several}{errors[0]}")
 
 
 @contextmanager
@@ -372,9 +407,9 @@ def _start(
         loading = coordinator.start.remote(settings)
         while not ray.wait([loading], timeout=_PROGRESS_S)[0]:
             if on_progress is not None:
-                progress = ask(coordinator.progress.remote())
+                progress = ray.get(coordinator.progress.remote())
                 on_progress(sum(done for done, _ in progress), sum(total for _, total in progress))
-        return coordinator, ask(loading)
+        return coordinator, unwrapped(partial(ray.get, loading))
     except BaseException:
         end_coordinator(coordinator)
         raise

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
+import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterable
+from concurrent import futures
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from redshard.cluster.engine.requests import Increment, Request
 from redshard.cluster.errors import PipelineError, RedshardError
+from redshard.cluster.pipeline.ray_errors import reason
 from redshard.cluster.pipeline.ray_session import RaySession, is_current
+
+logger = logging.getLogger(__name__)
 
 #: Called with each increment of a request, on the session's thread; must not block.
 Deliver = Callable[[Increment], object]
 
-#: Without its wrappers, one of which starts a new Ray when this process has left the one it was in.
-_get: Any = inspect.unwrap(ray.get)
-
 _POLL_S = 10.0
+#: How often whoever waits looks whether this process is still in the cluster.
+_LOOK_S = 2.0
 _CLOSE_S = 60.0
 _CLOSED = "the model was closed"
+_LEFT = "this process has left the Ray cluster of the model; load the model again"
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiver:
+    """Who takes a request's increments, and the reference to its submission."""
+
+    deliver: Deliver
+    submitted: Any
 
 
 class ClientSession:
@@ -37,44 +51,59 @@ class ClientSession:
     def __init__(self, coordinator: Any, ray_session: RaySession) -> None:
         self._coordinator = coordinator
         self._ray_session = ray_session
-        self._receivers: dict[str, Deliver] = {}
+        self._receivers: dict[str, _Receiver] = {}
         # Reentrant, because garbage collection may close the session in a thread that holds it.
         self._lock = threading.RLock()
         self._ended: str | None = None
+        self._name = uuid.uuid4().hex
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._receive, name="redshard-increments", daemon=True)
         self._thread.start()
 
     def new_id(self) -> str:
-        """An id for a request."""
-        return f"request-{next(self._numbers)}"
+        """An id for a request, like no other in the cluster."""
+        return f"{self._name}-{next(self._numbers)}"
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the coordinator.
 
-        Returns the reference to wait for, with `ask` or `await`. Raises PipelineError, before anything is
+        Returns the reference to wait for, with `wait` or `await`. Raises PipelineError, before anything is
         sent, when the model was closed or its coordinator is gone.
         """
         with self._lock:
             self._check()
             return getattr(self._coordinator, method).remote(*arguments)
 
+    def wait(self, reference: Any) -> Any:
+        """What a call gives. Raises the error that the coordinator raised, not Ray's wrapping of it.
+
+        `ray.get` would start another Ray if this process left the cluster meanwhile.
+        """
+        result = reference.future()
+        while not futures.wait([result], _LOOK_S).done:
+            with self._lock:
+                if not is_current(self._ray_session):
+                    raise PipelineError(_LEFT)
+        return unwrapped(result.result)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the coordinator and wait; errors as for `call` and `wait`."""
+        return self.wait(self.call(method, *arguments))
+
     def register(self, requests: Iterable[Request], deliver: Deliver) -> Any:
         """Submit requests; as for `call`, the reference may raise PipelineError."""
         requests = list(requests)
         with self._lock:
-            self._check()
+            submitted = self.call("add", requests)
             for request in requests:
-                self._receivers[request.request_id] = deliver
-            return self.call("add", requests)
+                self._receivers[request.request_id] = _Receiver(deliver, submitted)
+            return submitted
 
     def forget(self, requests: Iterable[Request]) -> None:
         """Abort those requests that have not ended."""
         with self._lock:
-            open_ids = [r.request_id for r in requests if self._receivers.pop(r.request_id, None) is not None]
-            if open_ids:
-                with contextlib.suppress(PipelineError):  # then they have ended
-                    self.call("abort", open_ids)
+            found = {r.request_id: self._receivers.pop(r.request_id, None) for r in requests}
+            self._abort({request_id: receiver for request_id, receiver in found.items() if receiver})
 
     def close(self) -> None:
         """End the coordinator, its workers and this session; no call goes out any more. Idempotent."""
@@ -88,32 +117,46 @@ class ClientSession:
     def _check(self) -> None:
         # Ray would start a new cluster of its own for a call without a connection.
         if self._ended is None and not is_current(self._ray_session):
-            self._ended = "this process has left the Ray cluster of the model; load the model again"
+            self._ended = _LEFT
         if self._ended is not None:
             raise PipelineError(self._ended)
 
     def _receive(self) -> None:
         try:
             while True:
-                for increment in _get(self.call("poll", _POLL_S)):
+                for increment in self.ask("poll", _POLL_S):
                     self._deliver(increment)
         except Exception as error:
-            self._end(_reason(error))
+            self._end(_explained(error))
+
+    def _abort(self, receivers: dict[str, _Receiver]) -> None:
+        """Abort requests. The call waits for their submissions, which it could overtake otherwise."""
+        if receivers:
+            submitted = {receiver.submitted for receiver in receivers.values()}
+            with contextlib.suppress(PipelineError):  # then they have ended
+                self.call("abort", list(receivers), *submitted)
 
     def _deliver(self, increment: Increment) -> None:
         with self._lock:
-            deliver = self._receivers.get(increment.request_id)
+            receiver = self._receivers.get(increment.request_id)
             if increment.is_last:
                 self._receivers.pop(increment.request_id, None)
-        if deliver is not None:
-            deliver(increment)
+        if receiver is None:
+            return
+        try:
+            receiver.deliver(increment)
+        except Exception as error:  # for instance an event loop that was closed: none of the others' business
+            logger.warning("request %s is dropped: nobody takes its output (%s)", increment.request_id, error)
+            with self._lock:
+                if self._receivers.pop(increment.request_id, None):
+                    self._abort({increment.request_id: receiver})
 
     def _end(self, reason: str) -> None:
         with self._lock:
             self._ended = self._ended or reason
-            receivers, self._receivers = self._receivers, {}
-        for request_id, deliver in receivers.items():
-            deliver(Increment(request_id, error=reason))
+            receivers = list(self._receivers)
+        for request_id in receivers:
+            self._deliver(Increment(request_id, error=reason))
 
 
 def end_coordinator(coordinator: Any) -> None:
@@ -125,21 +168,20 @@ def end_coordinator(coordinator: Any) -> None:
         ray.get(coordinator.state.remote(), timeout=_CLOSE_S)
 
 
-def ask(reference: Any) -> Any:
-    """`_get` that raises the error the actor raised, not Ray's wrapping of it."""
+def unwrapped(get: Callable[[], Any]) -> Any:
+    """What `get` gives; raises the error that an actor raised, not Ray's wrapping of it."""
     try:
-        return _get(reference)
+        return get()
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RedshardError):
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        raise PipelineError(_reason(error)) from error
+        raise PipelineError(_explained(error)) from error
 
 
-def _reason(error: Exception) -> str:
+def _explained(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, RedshardError):
         return str(cause)
-    first_line = str(cause).partition("\n")[0]
-    return f"the coordinator is gone ({type(cause).__name__}: {first_line}); load the model again"
+    return f"the coordinator is gone ({reason(error)}); load the model again"

@@ -12,8 +12,6 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from redshard.cluster.engine.requests import Increment, Request, TokenLogprob
 from redshard.cluster.engine.scheduler import MAX_DEATHS, LogitsOutput, Scheduler, TokenOutput
 from redshard.cluster.engine.sequence import Sequence
@@ -23,6 +21,11 @@ from redshard.loader.tokenizer.tokenizer import Tokenizer
 from redshard.worker.model.step_batch import StepBatch, StepResult
 
 logger = logging.getLogger(__name__)
+
+#: Requests that may wait for their turn.
+MAX_WAITING = 1 << 16
+#: Bytes of logits that may lie here until they are polled; then requests for logits pause.
+_MAX_LOGITS_BYTES = 256 << 20
 
 
 class StepLost(Exception):
@@ -71,13 +74,13 @@ class EngineTimes:
 
 @dataclass(slots=True)
 class _Answer:
-    """What a request is given, until it is delivered."""
+    """A request that runs, and what it is given until that is delivered."""
 
     request: Request
+    sequence: Sequence
     text: TextStream
     arrived: float
     pending: Increment
-    logits: np.ndarray | None = None
     has_token: bool = False
 
 
@@ -100,7 +103,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._answers: dict[str, _Answer] = {}
         self._changed = threading.Condition()
-        self._new: deque[Request] = deque()
+        self._new: deque[_Answer] = deque()
+        self._unpolled_logits = 0  # bytes
         self._aborted: deque[str] = deque()
         self._ready: list[Increment] = []
         self._held: StepBatch | None = None  # made ahead, and waiting for tokens that it feeds
@@ -112,11 +116,26 @@ class Engine:
     # For any thread
 
     def add(self, requests: list[Request]) -> None:
-        """Queue requests. Raises PipelineError when nothing can be served any more."""
+        """Queue requests; one that cannot be run, or for which there is no room, ends with an error.
+
+        Raises:
+            PipelineError: nothing can be served any more.
+        """
+        prepared = [self._prepared(request) for request in requests]  # here, because it may take a while
         with self._changed:
             if self._ended:
                 raise PipelineError(self._ended)
-            self._new.extend(requests)
+            for answer in prepared:
+                if isinstance(answer, Increment):
+                    self._ready.append(answer)
+                elif len(self._new) + len(self._answers) >= MAX_WAITING:
+                    answer.pending.error = (
+                        f"{MAX_WAITING} requests are under way or waiting, and no more are taken; try again "
+                        "when some have ended"
+                    )
+                    self._ready.append(answer.pending)
+                else:
+                    self._new.append(answer)
             self._changed.notify_all()
 
     def abort(self, request_ids: list[str]) -> None:
@@ -136,6 +155,8 @@ class Engine:
             if self._ended and not self._ready:
                 raise PipelineError(self._ended)
             ready, self._ready = self._ready, []
+            self._unpolled_logits = 0
+            self._changed.notify_all()
             return ready
 
     def close(self) -> None:
@@ -151,7 +172,7 @@ class Engine:
     def _run(self) -> None:
         try:
             outputs: list[TokenOutput | LogitsOutput] = []
-            while self._take_requests(wait=not (outputs or self._scheduler.n_unfinished)):
+            while self._take_requests(wait=not (outputs or self._scheduler.in_flight)):
                 try:
                     self._submit()
                     # The next steps are on their way: time to tell people about the last one.
@@ -169,29 +190,45 @@ class Engine:
         """Hand new requests to the scheduler; False when it is time to stop."""
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: self._new or self._aborted or self._closing)
+                self._changed.wait_for(
+                    lambda: self._new or self._aborted or self._closing or self._has_work()
+                )
             if self._closing:
                 return False
             new, self._new = self._new, deque()
             aborted, self._aborted = self._aborted, deque()
-        for request in new:
-            self._admit(request)
+            self._scheduler.pauses_logits = self._unpolled_logits >= _MAX_LOGITS_BYTES
+            for answer in new:
+                self._answers[answer.request.request_id] = answer
+        for answer in new:
+            self._admit(answer)
         for request_id in aborted:
             self._scheduler.abort(request_id)
             self._answers.pop(request_id, None)
         return True
 
-    def _admit(self, request: Request) -> None:
+    def _has_work(self) -> bool:
+        """Whether a step could be made of what the scheduler has."""
+        return self._scheduler.n_unfinished > 0 and self._unpolled_logits < _MAX_LOGITS_BYTES
+
+    def _admit(self, answer: _Answer) -> None:
         """Queue a request; one that cannot be a sequence fails alone, whatever is wrong with it."""
+        try:
+            self._scheduler.add(answer.sequence)
+        except Exception as error:
+            logger.warning("request %s cannot be run", answer.request.request_id, exc_info=True)
+            self._fail(answer.request.request_id, f"the request cannot be run: {error}")
+
+    def _prepared(self, request: Request) -> _Answer | Increment:
+        """What a request becomes, or its last increment if nothing can become of it."""
         pending = Increment(request.request_id)
         try:
             text = TextStream(self._tokenizer, request.params.stop)
-            self._scheduler.add(self._sequence(request))
-            self._answers[request.request_id] = _Answer(request, text, time.monotonic(), pending)
+            return _Answer(request, self._sequence(request), text, time.monotonic(), pending)
         except Exception as error:
             logger.warning("request %s cannot be run", request.request_id, exc_info=True)
             pending.error = f"the request cannot be run: {error}"
-            self._report([pending])
+            return pending
 
     def _sequence(self, request: Request) -> Sequence:
         params = request.params
@@ -267,25 +304,34 @@ class Engine:
             answer = self._answers.get(output.sequence.request_id)
             if answer is None:
                 continue
-            if isinstance(output, LogitsOutput):
-                self._add_logits(answer, output)
-            elif output.token < 0:
-                self._fail(
-                    output.sequence.request_id,
-                    "the logits are not finite: the model's weights are broken, or overflow on this prompt",
-                )
-                continue
-            else:
-                self._add_token(answer, output)
+            try:
+                self._add(answer, output)
+            except Exception as error:  # whatever it is, it is about this request alone
+                logger.exception("request %s cannot go on", answer.request.request_id)
+                self._scheduler.abort(answer.request.request_id)
+                answer.pending.error = f"its output cannot be delivered: {error}"
             pending = answer.pending
             if pending.is_last:
                 pending.total_s = time.monotonic() - answer.arrived
                 del self._answers[pending.request_id]
-            if pending.is_last or (answer.request.stream and pending.token_ids):
+            is_due = pending.logits is not None or (answer.request.stream and pending.token_ids)
+            if pending.is_last or is_due:
                 ready.append(pending)
                 answer.pending = Increment(pending.request_id)
         self._report(ready)
         self.times.deliver_s += time.perf_counter() - began
+
+    def _add(self, answer: _Answer, output: TokenOutput | LogitsOutput) -> None:
+        """Add what a step gave a request to what it will be told."""
+        if isinstance(output, LogitsOutput):
+            answer.pending.logits, answer.pending.logits_start = output.logits, output.start
+            answer.pending.finish_reason = "stop" if output.finished else None
+        elif output.token < 0:
+            answer.pending.error = (
+                "the logits are not finite: the model's weights are broken, or overflow on this prompt"
+            )
+        else:
+            self._add_token(answer, output)
 
     def _add_token(self, answer: _Answer, output: TokenOutput) -> None:
         pending, params = answer.pending, answer.request.params
@@ -305,13 +351,6 @@ class Engine:
             pending.text += answer.text.flush()
             pending.finish_reason = "stop" if answer.text.stopped else output.finish_reason
 
-    def _add_logits(self, answer: _Answer, output: LogitsOutput) -> None:
-        if answer.logits is None:
-            answer.logits = np.empty((output.sequence.n_prompt, output.logits.shape[1]), np.float32)
-        answer.logits[output.start : output.start + len(output.logits)] = output.logits
-        if output.finished:
-            answer.pending.logits = answer.logits
-
     def _fail(self, request_id: str, error: str) -> None:
         answer = self._answers.pop(request_id, None)
         if answer is not None:
@@ -322,6 +361,7 @@ class Engine:
         if increments:
             with self._changed:
                 self._ready += increments
+                self._unpolled_logits += sum(i.logits.nbytes for i in increments if i.logits is not None)
                 self._changed.notify_all()
 
     def _end(self, state: str, error: str) -> None:
@@ -329,7 +369,7 @@ class Engine:
         with self._changed:
             self.state = state
             self._ended = error
-            unfinished = [*self._answers, *(request.request_id for request in self._new)]
+            unfinished = [*self._answers, *(answer.request.request_id for answer in self._new)]
             self._answers.clear()
             self._new.clear()
             self._ready += [Increment(request_id, error=error) for request_id in unfinished]

@@ -56,7 +56,9 @@ class Increment:
         logprobs: one for each of them, where asked for.
         finish_reason: on the last increment "stop" (end of generation, stop token or string) or "length".
         error: on the last increment of a request that failed.
-        logits: float32 (n_tokens, n_vocab), on the only increment of a request for logits.
+        logits: float32 (n, n_vocab), of a request for logits those of positions `logits_start` and on. Its
+            last increment ends with the finish reason "stop".
+        logits_start: see `logits`.
         first_token_s: seconds from arrival to the first token, on the increment that holds it.
         total_s: seconds from arrival to the end, on the last increment.
     """
@@ -68,6 +70,7 @@ class Increment:
     finish_reason: str | None = None
     error: str | None = None
     logits: np.ndarray | None = None
+    logits_start: int = 0
     first_token_s: float | None = None
     total_s: float | None = None
 
@@ -79,4 +82,4 @@ class Increment:
     @property
     def is_last(self) -> bool:
         """Whether the request has ended."""
-        return self.finish_reason is not None or self.error is not None or self.logits is not None
+        return self.finish_reason is not None or self.error is not None

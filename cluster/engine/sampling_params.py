@@ -34,8 +34,10 @@ class SamplingParams(BaseModel):
         frequency_penalty: subtracted from a token's logit for every time it is in the output.
         logit_bias: token id -> what is added to its logit: at most 100 either way, for at most 300 tokens, as
             in the OpenAI API.
-        stop: strings that end the completion; the text ends before them.
-        stop_token_ids: tokens that end the completion, besides the model's own end-of-generation tokens.
+        stop: strings that end the completion; the text ends before them. At most 256, of at most 1,024
+            characters. They may name special tokens, which are not part of the text otherwise.
+        stop_token_ids: tokens that end the completion, besides the model's own end-of-generation tokens; at
+            most 1,024.
         ignore_eos: go on past the model's end-of-generation tokens.
         logprobs: None for none; else log probabilities of each token and of this many most probable ones.
 
@@ -55,8 +57,8 @@ class SamplingParams(BaseModel):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=300)
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    stop_token_ids: frozenset[TokenId] = frozenset()
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...] = Field((), max_length=256)
+    stop_token_ids: frozenset[TokenId] = Field(frozenset(), max_length=1024)
     ignore_eos: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 

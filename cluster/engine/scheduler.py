@@ -12,7 +12,7 @@ vLLM's (Kwon et al., SOSP 2023), chunked prefill is Sarathi's (Agrawal et al., 2
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,11 +104,14 @@ class Scheduler:
         self.limits = limits
         self.n_stages = n_stages
         self.blocks = BlockManager(limits.n_kv_blocks)
-        self.waiting: deque[Sequence] = deque()  # in order of arrival, all after those running
+        self.waiting: OrderedDict[str, Sequence] = (
+            OrderedDict()
+        )  # in order of arrival, all after those running
         self.running: list[Sequence] = []  # in order of arrival
         self.in_flight: dict[int, StepInFlight] = {}  # by number, in order
         self._sequences: dict[str, Sequence] = {}
         self._suspects: deque[Sequence] = deque()  # one death away from being given up
+        self.pauses_logits = False  # whoever wants logits waits, because those before were not taken yet
         self._next_step = 0
         self._free_slots = list(range(limits.max_sequences - 1, -1, -1))
         self._table_entries: list[np.ndarray] = []  # that the stages do not know
@@ -128,7 +131,7 @@ class Scheduler:
             raise ParameterError(f"request {sequence.request_id!r} is already there")
         sequence.max_length = min(sequence.max_length, self.limits.max_length)
         self._sequences[sequence.request_id] = sequence
-        self.waiting.append(sequence)
+        self.waiting[sequence.request_id] = sequence
 
     def abort(self, request_id: str) -> bool:
         """Drop a sequence, wherever it is; False when it is not there (any more)."""
@@ -136,7 +139,7 @@ class Scheduler:
         if sequence is None:
             return False
         if sequence.slot < 0:
-            self.waiting.remove(sequence)
+            del self.waiting[request_id]
         self._finish(sequence)
         return True
 
@@ -262,7 +265,7 @@ class Scheduler:
 
     def _logits_chunk(self) -> list[Chunk]:
         """Logits take whole steps: the next part of the sequence that waited longest, if it wants them."""
-        ready = [s for s in self.running if s.n_pending > 0]
+        ready = [s for s in self.running if s.n_pending > 0 and not (s.wants_logits and self.pauses_logits)]
         oldest = min(ready, key=lambda s: s.last_step, default=None)
         if oldest is None or not oldest.wants_logits:
             return []
@@ -285,8 +288,7 @@ class Scheduler:
         if sequence.slot < 0:
             while self.running:
                 self._preempt(self.running[-1])
-            self.waiting.remove(sequence)
-            self.waiting.appendleft(sequence)
+            self.waiting.move_to_end(sequence.request_id, last=False)
             self._admit()
         room = self.limits.max_tokens
         if sequence.wants_logits:
@@ -305,11 +307,11 @@ class Scheduler:
         """Let the first waiting sequence run, if its tokens fit beside one more block for each that runs."""
         if not self.waiting or not self._free_slots:
             return False
-        sequence = self.waiting[0]
+        sequence = next(iter(self.waiting.values()))
         n_blocks = self._blocks_of(len(sequence.tokens))
         if n_blocks + len(self.running) > self.blocks.n_free:
             return False
-        self.waiting.popleft()
+        self.waiting.popitem(last=False)
         self.running.append(sequence)
         sequence.slot = self._free_slots.pop()
         self._rows[sequence.slot] = sequence.row
@@ -347,7 +349,8 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's memory; it waits, first in line, to be prefilled from its tokens."""
         self._vacate(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting[sequence.request_id] = sequence
+        self.waiting.move_to_end(sequence.request_id, last=False)
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.slot >= 0:

@@ -9,9 +9,13 @@ from redshard.loader.tokenizer.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Gives out text that is certain: whole characters, and nothing that may belong to a stop string."""
+    """Gives out text that is certain: whole characters, and nothing that may belong to a stop string.
+
+    Special tokens are no part of the text, but stop strings may name them, alone or among other text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
         self._matcher = StopMatcher(stop)
 
@@ -22,6 +26,10 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that this token makes certain."""
+        if self._tokenizer.is_special(token):
+            return self._matcher.push(
+                self._tokenizer.token_bytes(token).decode(errors="replace"), hidden=True
+            )
         return self._matcher.push(self._decoder.push(token))
 
     def flush(self) -> str:

@@ -88,8 +88,8 @@ class Coordinator:
         """As `Engine.add`."""
         self._serving().add(requests)
 
-    def abort(self, request_ids: list[str]) -> None:
-        """As `Engine.abort`."""
+    def abort(self, request_ids: list[str], *submitted: None) -> None:
+        """As `Engine.abort`, once the calls of `add` have returned whose references are `submitted`."""
         self._serving().abort(request_ids)
 
     def poll(self, timeout: float) -> list[Increment]:

@@ -15,6 +15,7 @@ import ray
 from redshard.cluster.engine.engine import StepLost
 from redshard.cluster.errors import ModelError, PipelineError
 from redshard.cluster.pipeline.placement import Placement
+from redshard.cluster.pipeline.ray_errors import reason
 from redshard.cluster.pipeline.stage_actor import DeviceReport, StageActor
 from redshard.cluster.pipeline.stage_graph import StageGraph
 from redshard.worker.configuration import WorkerConfiguration
@@ -233,7 +234,7 @@ class WorkerGroup:
             except ray.exceptions.GetTimeoutError:
                 lost[stage] = f"has not started within {deadline_s:g} s; its device may hang"
             except ray.exceptions.RayError as error:
-                lost[stage] = f"could not be started: {_cause(error)}"
+                lost[stage] = f"could not be started: {reason(error)}"
             else:
                 self._placement.set_name(stage, report.where)
                 wanted = self._reports.setdefault(stage, report).kind
@@ -276,10 +277,10 @@ class WorkerGroup:
             # Where the stage was moved to, it may be the file that is missing.
             is_models_fault = not isinstance(error.cause, (DeviceError, PoolError))
             if is_models_fault and self._placement.has_first_place(stage):
-                raise ModelError(_cause(error)) from error
-            return f"could not load: {_cause(error)}"
+                raise ModelError(reason(error)) from error
+            return f"could not load: {reason(error)}"
         except ray.exceptions.RayError as error:
-            return f"died while it loaded: {_cause(error)}"
+            return f"died while it loaded: {reason(error)}"
         return ""
 
     def _connect(self) -> None:
@@ -290,7 +291,7 @@ class WorkerGroup:
                     self._connect_devices(stage)
             self._pipeline = StageGraph(self._actors, self._max_in_flight, self._deadline_s)
         except ray.exceptions.RayError as error:
-            why = f"died while the stages were connected: {_cause(error)}"
+            why = f"died while the stages were connected: {reason(error)}"
             raise _StagesLost(self._lost_stages(timed_out=False), why) from error
 
     def _connect_devices(self, stage: int) -> None:
@@ -324,7 +325,7 @@ class WorkerGroup:
             try:
                 in_step = ray.get(answer, timeout=max(0.1, deadline - time.monotonic()))
             except ray.exceptions.RayError as error:
-                logger.warning("stage %d is lost: %s", stage, _cause(error))
+                logger.warning("stage %d is lost: %s", stage, reason(error))
                 lost.append(stage)
                 continue
             if timed_out and in_step > 0:
@@ -337,16 +338,9 @@ class WorkerGroup:
         try:
             return ray.get(answers, timeout=_REPORT_S)
         except ray.exceptions.RayError as error:
-            raise PipelineError(f"a worker does not answer: {_cause(error)}") from error
+            raise PipelineError(f"a worker does not answer: {reason(error)}") from error
 
 
 def _check_lost(lost: dict[int, str]) -> None:
     if lost:
         raise _StagesLost(lost, lost[max(lost)])
-
-
-def _cause(error: Exception) -> str:
-    cause = getattr(error, "cause", None) or error
-    if getattr(error, "actor_init_failed", False):  # a traceback, whose last line names the error
-        return f"{cause}".rstrip().rpartition("\n")[2].partition(": ")[2]
-    return f"{cause}".partition("\n")[0].rstrip(".") or type(cause).__name__

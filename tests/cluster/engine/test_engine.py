@@ -197,7 +197,10 @@ def test_logits_of_every_position(engine: Engine) -> None:
     )
     expected = stage[1].run(batch, stage[0].run(batch, None)).logits
     assert logits(np.array([1])).shape == (1, N_VOCAB)
-    np.testing.assert_array_equal(increments["a"][0].logits, expected)
+    parts = increments["a"]
+    assert [part.logits_start for part in parts] == list(range(0, 50, 8))
+    assert [part.finish_reason for part in parts] == [None] * 6 + ["stop"]
+    np.testing.assert_array_equal(np.concatenate([part.logits for part in parts]), expected)
     assert increments["b"][0].token_ids == generate([1], 20, 2)
 
 

@@ -317,7 +317,7 @@ class Traffic(RuleBasedStateMachine):
         scheduler = self.scheduler
         owned = [block for s in scheduler.running for block in s.blocks]
         assert sorted(owned + scheduler.blocks._free) == list(range(scheduler.limits.n_kv_blocks))
-        assert all(not s.blocks for s in scheduler.waiting)
+        assert all(not s.blocks for s in scheduler.waiting.values())
         assert len(scheduler.running) <= scheduler.limits.max_sequences
         slots = [s.slot for s in scheduler.running] + scheduler._free_slots
         assert sorted(slots) == list(range(scheduler.limits.max_sequences))
