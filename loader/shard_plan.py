@@ -1,8 +1,8 @@
-"""Which layers go to which device: a pure function of the model's sizes and the devices' memory and speed.
+"""Which layers go to which device: a pure function of the model's sizes and the devices' memory.
 
 A decode step of a stage reads its weights and its keys and values once, so its time is taken to be those
-bytes over the device's speed. The plan is the contiguous split that fits into memory and whose slowest stage
-is the fastest.
+bytes over the device's bandwidth. The plan is the contiguous split that fits into memory and whose slowest
+stage is the fastest.
 """
 
 from __future__ import annotations
@@ -29,16 +29,14 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class DeviceBudget:
     """What the plan needs to know of a device.
 
     Attributes:
-        memory_bytes: what the stage may use of it.
-        speed: relative memory bandwidth; None takes it to be proportional to the memory. All devices or none.
+        memory_bytes: what the stage may use of it; its bandwidth is taken to be in proportion.
     """
 
     memory_bytes: int
-    speed: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,10 @@ class ShardPlan:
 
 
 def plan_shards(
-    size: ModelSize, devices: Sequence[Device], kv_tokens: int, overhead_bytes: int = DEFAULT_OVERHEAD_BYTES
+    size: ModelSize,
+    devices: Sequence[DeviceBudget],
+    kv_tokens: int,
+    overhead_bytes: int = DEFAULT_OVERHEAD_BYTES,
 ) -> ShardPlan:
     """Split a model over devices, the slowest stage as fast as can be.
 
@@ -154,13 +155,13 @@ def plan_shards(
     )
 
 
-def parse_gpus(text: str) -> list[Device]:
+def parse_gpus(text: str) -> list[DeviceBudget]:
     """Devices from a list such as ``4x16GiB,1x8GiB`` or ``24GiB``.
 
     Raises:
         PlanError: the text is not such a list.
     """
-    devices: list[Device] = []
+    devices: list[DeviceBudget] = []
     for item in text.split(","):
         match = _GPUS.fullmatch(item.strip())
         if match is None or match["unit"] not in BYTE_UNITS:
@@ -172,16 +173,14 @@ def parse_gpus(text: str) -> list[Device]:
             raise PlanError(
                 f"{item.strip()!r} must give 1 to {MAX_DEVICES} GPUs, all together, with some memory"
             )
-        devices += [Device(memory)] * count
+        devices += [DeviceBudget(memory)] * count
     return devices
 
 
 class _Problem:
     """One model over some devices, for any number of cached tokens."""
 
-    def __init__(self, size: ModelSize, devices: Sequence[Device], overhead_bytes: int) -> None:
-        if len({device.speed is None for device in devices}) > 1:
-            raise PlanError("give the speed of every device or of none")
+    def __init__(self, size: ModelSize, devices: Sequence[DeviceBudget], overhead_bytes: int) -> None:
         self.size = size
         self.devices = devices
         self.overhead_bytes = overhead_bytes
@@ -218,8 +217,7 @@ class _Problem:
         # Of the token embedding a step reads only a few rows; of the output matrix everything.
         read += self.size.output * (device == len(self.devices) - 1)
         memory = self.devices[device].memory_bytes
-        speed = self.devices[device].speed or memory
-        return read / speed, 1 - self.free_bytes(device, first, last, kv_tokens) / memory
+        return read / memory, 1 - self.free_bytes(device, first, last, kv_tokens) / memory
 
     def balance(self, kv_tokens: int) -> list[int] | None:
         """The layers' boundaries of the best split, or None if nothing fits.
@@ -274,7 +272,7 @@ class _Problem:
         low, high = 0, self.overhead_bytes + sum(self.size.layers) + self.size.input + self.size.output
         while low < high:
             middle = (low + high) // 2
-            problem = _Problem(self.size, [Device(middle)] * len(self.devices), self.overhead_bytes)
+            problem = _Problem(self.size, [DeviceBudget(middle)] * len(self.devices), self.overhead_bytes)
             if problem.balance(0) is None:
                 low = middle + 1
             else:

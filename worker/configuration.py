@@ -8,7 +8,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-ReadbackPolicy = Literal["probe", "direct", "bounce", "standalone"]
+ReadbackPolicy = Literal["probe", "direct", "bounce"]
 
 
 class _Settings(BaseModel):
@@ -25,15 +25,12 @@ class PoolSettings(_Settings):
         alignment: of every tensor in a segment; a power of two.
         readback: how bytes of a view come back to the host. ``direct`` copies from the view; ``bounce``
             copies within the device to an allocation of its own first; ``probe`` tries the first and falls
-            back on the second; ``standalone`` is ``bounce``, and tensors that will be read back or have at
-            least `standalone_bytes` are not packed at all.
-        standalone_bytes: see `readback`.
+            back on the second.
     """
 
     segment_bytes: ByteSize = Field(default=ByteSize(GIB), ge=64 * KIB)
     alignment: ByteSize = Field(default=ByteSize(4 * KIB), ge=256, le=2 * MIB)
     readback: ReadbackPolicy = "probe"
-    standalone_bytes: ByteSize = Field(default=ByteSize(32 * MIB), ge=1)
 
     @field_validator("alignment")
     @classmethod
@@ -76,8 +73,13 @@ class Deadlines(_Settings):
 
 
 class WorkerConfiguration(_Settings):
-    """Everything configurable about one worker."""
+    """Everything configurable about one worker.
+
+    Attributes:
+        check_finite: look for the layer after which hidden states are not finite; slow.
+    """
 
     pool: PoolSettings = PoolSettings()
     upload: UploadSettings = UploadSettings()
     deadlines: Deadlines = Deadlines()
+    check_finite: bool = False

@@ -66,6 +66,7 @@ class GpuWorker:
         part: StagePart,
         limits: StepLimits,
         handoff: HandoffType = "float32",
+        fingerprint: str | None = None,
     ) -> WorkerStats:
         """Load a part of a model; arguments and errors as for `Worker.load`."""
         return self._worker.load(
@@ -73,6 +74,7 @@ class GpuWorker:
             part,
             limits,
             handoff=handoff,
+            fingerprint=fingerprint,
             progress=self._note_progress,
         )
 

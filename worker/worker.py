@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from redshard.loader.gguf.gguf_file import GGUFFile, TensorInfo
+from redshard.loader.gguf.gguf_file import GGUFError, GGUFFile, TensorInfo
 from redshard.loader.model.model_config import ModelConfig, ModelTensors
 from redshard.loader.units import format_bytes
 from redshard.worker.configuration import WorkerConfiguration
@@ -85,6 +85,7 @@ class Worker:
         limits: StepLimits,
         *,
         handoff: HandoffType = "float32",
+        fingerprint: str | None = None,
         progress: Progress | None = None,
     ) -> WorkerStats:
         """Upload a part of a model and record its steps. After an error the worker can only be closed.
@@ -94,10 +95,11 @@ class Worker:
             part: what this worker has of the model.
             limits: the largest step. `n_kv_blocks` is the size of the cache.
             handoff: element type of hidden states between stages.
+            fingerprint: of the model that is expected (`GGUFFile.fingerprint`); None takes any.
             progress: called with (bytes uploaded, bytes in total).
 
         Raises:
-            GGUFError, UnsupportedModelError: the file cannot be used.
+            GGUFError, UnsupportedModelError: the file cannot be used, or is another one than expected.
             ValueError: the worker is loaded already, or the model has no such part.
             PoolError, UploadError, DeviceError: it does not fit, cannot be read, or the device failed.
         """
@@ -108,13 +110,20 @@ class Worker:
             config = ModelConfig.from_gguf(file)
             tensors = ModelTensors(config, file)
             part.check(config.n_layers)
+            if fingerprint is not None and file.fingerprint() != fingerprint:
+                raise GGUFError(
+                    file.path,
+                    "has changed since the model was opened; put the old file back, or load it anew",
+                )
             freq_factors = _freq_factors(file, tensors)
         stored = part.tensors(tensors)
         packing = plan_packing([(info.name, info.nbytes) for info in stored], self._configuration.pool)
         views = self._pool.allocate_weights(packing)
         upload(self._pool, stored, views, self._configuration.upload, progress)
         weights = StageWeights(config, tensors, part, views)
-        self._stage = Stage(self._pool, weights, limits, freq_factors, handoff)
+        self._stage = Stage(
+            self._pool, weights, limits, freq_factors, handoff, self._configuration.check_finite
+        )
         self._stats = self._loaded_stats(stored, weights, limits, time.monotonic() - started)
         logger.info(
             "loaded layers [%d, %d) of %s: %s of weights, %d cache blocks, in %.1f s",

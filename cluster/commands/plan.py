@@ -51,7 +51,7 @@ def plan(
         handoff="float32",
         worker=WorkerConfiguration(),
     )
-    shards = plan_shards(size, devices, asked, overhead_bytes(config, settings))
+    shards = plan_shards(size, devices, asked, overhead_bytes(config, settings, asked))
     if as_json:
         tokens = {"context": context, "sequences": sequences, "kv_tokens_asked": asked}
         print(json.dumps(tokens | {"kv_tokens": shards.kv_tokens} | asdict(shards), indent=2))

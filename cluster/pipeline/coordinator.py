@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from redshard.cluster.engine.engine import Engine
@@ -21,7 +22,7 @@ from redshard.cluster.pipeline.stage_actor import DeviceReport, StageActor
 from redshard.cluster.pipeline.workers import LoadOrder, WorkerGroup
 from redshard.loader.gguf.gguf_file import GGUFFile, TensorInfo
 from redshard.loader.model.model_config import ModelConfig, ModelTensors
-from redshard.loader.shard_plan import Device, ModelSize
+from redshard.loader.shard_plan import DeviceBudget, ModelSize
 from redshard.loader.tokenizer.tokenizer import Tokenizer
 from redshard.worker.device.choose import DeviceKind
 from redshard.worker.device.support import UnsupportedOnDeviceError, check_device_support
@@ -30,9 +31,6 @@ from redshard.worker.worker import WorkerStats
 #: The share of a device's free memory that a plan may use; runtimes and neighbours take the rest.
 _GPU_SHARE = 0.92
 _CPU_SHARE = 0.6
-#: A worker's watchdog ends its process at the deadline of a step; should that fail, the engine does, later.
-_GRACE = 1.1
-_GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +124,7 @@ class Coordinator:
                 size = ModelSize.of(config, tensors)
                 tokenizer = Tokenizer.from_metadata(file.metadata)
                 stored = list(file.tensors.values())
+                fingerprint = file.fingerprint()
         except (ValueError, OSError) as error:
             raise ModelError(str(error)) from error
         group, warning = self._open_group(settings)
@@ -134,11 +133,14 @@ class Coordinator:
             int(memory * (_CPU_SHARE if report.kind == "cpu" else _GPU_SHARE))
             for memory, report in zip(group.stage_memory(), group.reports, strict=True)
         ]
-        devices = [Device(share) for share in shares]
-        plan, cache_tokens = plan_with_cache(size, devices, settings, overhead_bytes(config, settings))
+        devices = [DeviceBudget(share) for share in shares]
+        plan, cache_tokens = plan_with_cache(
+            size, devices, settings, partial(overhead_bytes, config, settings)
+        )
         limits = step_limits(settings, cache_tokens)
         order = LoadOrder(
             settings.path,
+            fingerprint,
             stage_parts(plan),
             limits,
             settings.handoff,
@@ -166,8 +168,7 @@ class Coordinator:
         return self._new_group(settings, "cpu"), warning
 
     def _new_group(self, settings: PipelineSettings, kind: DeviceKind) -> WorkerGroup:
-        deadline_s = _GRACE * settings.worker.deadlines.step_s + _GRACE_S
-        self._group = WorkerGroup(settings.n_stages, kind, settings.worker, deadline_s, self._actor_class)
+        self._group = WorkerGroup(settings.n_stages, kind, settings.worker, self._actor_class)
         return self._group
 
     def _serving(self) -> Engine:

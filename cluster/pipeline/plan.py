@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from redshard.cluster.errors import ModelError
 from redshard.loader.model.model_config import ModelConfig
 from redshard.loader.shard_plan import (
     DEFAULT_OVERHEAD_BYTES,
-    Device,
+    DeviceBudget,
     ModelSize,
     PlanError,
     ShardPlan,
@@ -60,13 +61,16 @@ def default_step_tokens(n_stages: int, max_sequences: int) -> int:
     return max(_DEFAULT_STEP_TOKENS // n_stages, 2 * max_sequences, _LEAST_STEP_TOKENS)
 
 
-def overhead_bytes(config: ModelConfig, settings: PipelineSettings) -> int:
-    """What a device needs besides weights and cache."""
-    return DEFAULT_OVERHEAD_BYTES + step_bytes(config, step_limits(settings, DEFAULT_BLOCK_SIZE))
+def overhead_bytes(config: ModelConfig, settings: PipelineSettings, cache_tokens: int) -> int:
+    """What a device needs besides weights and a cache of so many tokens."""
+    return DEFAULT_OVERHEAD_BYTES + step_bytes(config, step_limits(settings, cache_tokens))
 
 
 def plan_with_cache(
-    size: ModelSize, devices: list[Device], settings: PipelineSettings, overhead_bytes: int
+    size: ModelSize,
+    devices: list[DeviceBudget],
+    settings: PipelineSettings,
+    overhead_bytes: Callable[[int], int],
 ) -> tuple[ShardPlan, int]:
     """The plan, and the tokens its cache holds: as many as wanted, or as fit if nothing was asked for.
 
@@ -74,7 +78,7 @@ def plan_with_cache(
         size: of the model.
         devices: with what may be used of them.
         settings: of the pipeline.
-        overhead_bytes: what a device needs besides weights and cache.
+        overhead_bytes: what a device needs besides weights and a cache of so many tokens.
 
     Raises:
         ModelError: the model, or the cache asked for, or the cache of a single sequence does not fit.
@@ -83,13 +87,17 @@ def plan_with_cache(
     one_sequence = -(-settings.max_context // block) * block
     wanted = settings.cache_tokens or one_sequence * settings.max_sequences
     wanted = max(block, wanted // block * block)
+    # A larger cache also needs more beside it, so what fits is found in two steps.
+    least = overhead_bytes(min(wanted, one_sequence))
     try:
-        return plan_shards(size, devices, wanted, overhead_bytes), wanted
+        plan_shards(size, devices, wanted, least)
+        return plan_shards(size, devices, wanted, overhead_bytes(wanted)), wanted
     except PlanError as error:
         if settings.cache_tokens is not None:
             raise ModelError(str(error)) from error
     try:
-        plan = plan_shards(size, devices, one_sequence, overhead_bytes)
+        most = plan_shards(size, devices, one_sequence, least).kv_tokens
+        plan = plan_shards(size, devices, one_sequence, overhead_bytes(min(wanted, most)))
     except PlanError as error:
         raise ModelError(str(error)) from error
     return plan, min(wanted, plan.kv_tokens // block * block)

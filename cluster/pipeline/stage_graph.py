@@ -7,6 +7,7 @@ ARCHITECTURE.md).
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +18,11 @@ from ray.dag import InputNode
 from redshard.cluster.engine.engine import StepLost, StepRefused
 from redshard.cluster.pipeline.wire import decode_result, encode_batch
 from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_deadline import StepDeadline
 from redshard.worker.model.step_inputs import BatchError
 
 _CONNECT_S = 60.0
+_GRACE, _GRACE_S = 1.1, 2.0
 
 
 class StageGraph:
@@ -30,12 +33,14 @@ class StageGraph:
     Args:
         actors: handles of `StageActor`, in order. Each can be part of one graph at a time.
         max_in_flight: steps that may be under way at once.
-        deadline_s: seconds a step may take from the moment it is the oldest one under way.
+        deadline_s: seconds that a worker may take for a step, at most.
     """
 
     def __init__(self, actors: list[Any], max_in_flight: int, deadline_s: float) -> None:
-        self._deadline_s = deadline_s
+        # A worker's watchdog ends its process at the deadline of a step; should that fail, this is later.
+        self._deadline = StepDeadline(_GRACE * deadline_s + _GRACE_S, times=2)
         self._in_flight: deque[Any] = deque()
+        self._rows: deque[int] = deque()  # of the steps under way
         with InputNode() as message:
             node: Any = actors[0].step.bind(message)
             for actor in actors[1:]:
@@ -47,6 +52,7 @@ class StageGraph:
     def submit(self, batch: StepBatch) -> None:
         """Send a step to the stages. Raises StepLost when they do not take it."""
         self._send(encode_batch(batch))
+        self._rows.append(len(batch.token_ids))
 
     def collect(self) -> StepResult:
         """Wait for the oldest step.
@@ -58,16 +64,20 @@ class StageGraph:
             StepLost: a stage died, raised, or did not answer in time.
             StepRefused: the step is not one that a stage can run.
         """
+        rows, began = self._rows.popleft(), time.monotonic()
         while True:
             if not self._in_flight:
                 self._send(b"")
             with _steps_get_lost():
-                if message := self._in_flight.popleft().get(timeout=self._deadline_s):
-                    return decode_result(message)
+                message = self._in_flight.popleft().get(timeout=self._deadline.of(rows))
+            if message:
+                self._deadline.note(rows, time.monotonic() - began)
+                return decode_result(message)
 
     def close(self) -> None:
         """Let go of the stages; those that live can be part of another graph. Idempotent."""
         self._in_flight.clear()
+        self._rows.clear()
         with contextlib.suppress(ray.exceptions.RayError):
             self._graph.teardown()
 

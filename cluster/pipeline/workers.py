@@ -41,9 +41,13 @@ _MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """What the stages load: parts[i] of the model on stage i, for steps within `limits`."""
+    """What the stages load: parts[i] of the model on stage i, for steps within `limits`.
+
+    `fingerprint` is that of the model when it was planned: a stage that is loaded again takes no other.
+    """
 
     path: str
+    fingerprint: str
     parts: tuple[StagePart, ...]
     limits: StepLimits
     handoff: HandoffType
@@ -64,7 +68,6 @@ class WorkerGroup:
         n_stages: actors.
         kind: of device; "cpu" takes no GPU.
         configuration: of the workers.
-        deadline_s: seconds a step may take.
         actor_class: `StageActor`, or what stands in for it in tests.
 
     Raises:
@@ -76,10 +79,9 @@ class WorkerGroup:
         n_stages: int,
         kind: DeviceKind,
         configuration: WorkerConfiguration,
-        deadline_s: float,
         actor_class: type[StageActor] = StageActor,
     ) -> None:
-        self._kind, self._configuration, self._deadline_s = kind, configuration, deadline_s
+        self._kind, self._configuration = kind, configuration
         self._actor_class: Any = ray.remote(actor_class)
         self._order: LoadOrder | None = None
         self._pipeline: StageGraph | None = None
@@ -246,7 +248,11 @@ class WorkerGroup:
         """Have new workers load their layers. Raises _StagesLost, and ModelError as for `load`."""
         loading = {
             self._actors[stage].load.remote(
-                order.path, order.parts[stage], order.limits, handoff=order.handoff
+                order.path,
+                order.parts[stage],
+                order.limits,
+                handoff=order.handoff,
+                fingerprint=order.fingerprint,
             ): stage
             for stage in self._waiting()
         }
@@ -289,7 +295,9 @@ class WorkerGroup:
             for stage in range(self.n_stages - 1):
                 if self._share_a_host(stage, stage + 1):
                     self._connect_devices(stage)
-            self._pipeline = StageGraph(self._actors, self._max_in_flight, self._deadline_s)
+            self._pipeline = StageGraph(
+                self._actors, self._max_in_flight, self._configuration.deadlines.step_s
+            )
         except ray.exceptions.RayError as error:
             why = f"died while the stages were connected: {reason(error)}"
             raise _StagesLost(self._lost_stages(timed_out=False), why) from error

@@ -6,6 +6,8 @@
 #pragma once
 #include "common/types.h"
 
+constexpr i32 PARTITION = 128;   // positions of a context that attention takes at a time, folding the results in order
+
 // How many rows this step has. A graph may be recorded for more rows than a step uses: kernels stop at these counts.
 struct Step {
   i32 n_tokens;      // rows of hidden states
@@ -118,6 +120,7 @@ struct AttentionArguments {
   const i32* sequences;       // [n_tokens]: number of the token's sequence in this step
   const i32* query_starts;    // [n_sequences + 1]: the tokens of sequence s are rows query_starts[s] .. query_starts[s + 1]
   const i32* table_rows;      // [n_sequences]: row of block_tables
+  const i32* first_partitions;   // [n_sequences]: partitions of PARTITION positions of the sequences before it, in the scratch
   const i32* block_tables;    // [slots, table_width]: cache block numbers
   const float* q;             // [n_tokens, n_heads, head_dim]
   const f16_bits* k_cache;    // as in RopeStoreArguments
@@ -163,7 +166,7 @@ struct SampleArguments {
   const SamplingRow* rows;          // [n_outputs]
   const Adjustment* adjustments;    // of a row, each of another token
   i32* newest;                      // [slots]: the token sampled last in each, read where count_newest is set, then written
-  i32* tokens;                      // [n_outputs]
+  i32* tokens;                      // [n_outputs]: -1 where the largest logit is not finite
   float* logprobs;                  // [n_outputs]: natural logarithm of softmax(raw logits) at the token
   i32* top_tokens;                  // [n_outputs, n_top]: the n_top most probable by raw logits, best first
   float* top_logprobs;              // [n_outputs, n_top]

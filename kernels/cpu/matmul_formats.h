@@ -4,7 +4,7 @@
 // of all of them and no sum ever crosses lanes. Because rows are only loaded and transposed once, in words of four
 // codes, unpacking costs a fraction of an instruction for each code.
 //
-// A format F = Format<Block> gives
+// A format F = BlockFormat<Block> gives
 //   Block           its structure in common/blocks.h
 //   blocks          how many blocks of 32 columns one Block holds
 //   max_code, zero  codes are 0 .. max_code and stand for code - zero; with `is_signed` they are the int8 themselves
@@ -44,7 +44,7 @@ typename V::Floats signed_byte_of(typename V::Words v, int index) {
 }
 
 template <class Block>
-struct Format;
+struct BlockFormat;
 
 // Q4_0, Q4_1, Q5_0 and Q5_1: two codes in a byte, and perhaps a fifth bit of each elsewhere.
 template <class BlockType, bool fifth_bit>
@@ -89,13 +89,13 @@ struct FormatHalves {
   }
 };
 
-template <> struct Format<BlockQ4_0> : FormatHalves<BlockQ4_0, false> {};
-template <> struct Format<BlockQ4_1> : FormatHalves<BlockQ4_1, false> {};
-template <> struct Format<BlockQ5_0> : FormatHalves<BlockQ5_0, true> {};
-template <> struct Format<BlockQ5_1> : FormatHalves<BlockQ5_1, true> {};
+template <> struct BlockFormat<BlockQ4_0> : FormatHalves<BlockQ4_0, false> {};
+template <> struct BlockFormat<BlockQ4_1> : FormatHalves<BlockQ4_1, false> {};
+template <> struct BlockFormat<BlockQ5_0> : FormatHalves<BlockQ5_0, true> {};
+template <> struct BlockFormat<BlockQ5_1> : FormatHalves<BlockQ5_1, true> {};
 
 template <>
-struct Format<BlockQ8_0> {
+struct BlockFormat<BlockQ8_0> {
   using Block = BlockQ8_0;
   static constexpr int blocks = 1, max_code = 255, zero = 128;
   static constexpr bool is_signed = true;
@@ -156,11 +156,11 @@ struct FormatK {
   }
 };
 
-template <> struct Format<BlockQ4_K> : FormatK<BlockQ4_K, false> {};
-template <> struct Format<BlockQ5_K> : FormatK<BlockQ5_K, true> {};
+template <> struct BlockFormat<BlockQ4_K> : FormatK<BlockQ4_K, false> {};
+template <> struct BlockFormat<BlockQ5_K> : FormatK<BlockQ5_K, true> {};
 
 template <>
-struct Format<BlockQ6_K> {
+struct BlockFormat<BlockQ6_K> {
   using Block = BlockQ6_K;
   static constexpr int blocks = 8, max_code = 63, zero = 32;
   static constexpr bool is_signed = false;

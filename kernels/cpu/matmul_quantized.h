@@ -235,7 +235,7 @@ template <class V>
 StripKernel quantized_kernel(i32 type) {
   StripKernel kernel{};
   with_block(type, [&](auto block) {
-    using F = Format<std::remove_cv_t<std::remove_reference_t<decltype(*block)>>>;
+    using F = BlockFormat<std::remove_cv_t<std::remove_reference_t<decltype(*block)>>>;
     kernel.product = quantized_product<V, F>;
     if (zero_of<V, F> != 0) {
       kernel.prepare = prepare<V, F>;

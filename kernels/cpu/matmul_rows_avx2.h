@@ -101,13 +101,13 @@ struct RowDotsHalves {
   }
 };
 
-template <> struct RowDots<Format<BlockQ4_0>> : RowDotsHalves<BlockQ4_0, false> {};
-template <> struct RowDots<Format<BlockQ4_1>> : RowDotsHalves<BlockQ4_1, false> {};
-template <> struct RowDots<Format<BlockQ5_0>> : RowDotsHalves<BlockQ5_0, true> {};
-template <> struct RowDots<Format<BlockQ5_1>> : RowDotsHalves<BlockQ5_1, true> {};
+template <> struct RowDots<BlockFormat<BlockQ4_0>> : RowDotsHalves<BlockQ4_0, false> {};
+template <> struct RowDots<BlockFormat<BlockQ4_1>> : RowDotsHalves<BlockQ4_1, false> {};
+template <> struct RowDots<BlockFormat<BlockQ5_0>> : RowDotsHalves<BlockQ5_0, true> {};
+template <> struct RowDots<BlockFormat<BlockQ5_1>> : RowDotsHalves<BlockQ5_1, true> {};
 
 template <>
-struct RowDots<Format<BlockQ8_0>> {
+struct RowDots<BlockFormat<BlockQ8_0>> {
   static void multiply(const u8* p, i64 stride, const i8* x, RowInts* dot) {
     const __m256i quants = load32(x);
     __m256i sum[8];
@@ -151,11 +151,11 @@ struct RowDotsK {
   }
 };
 
-template <> struct RowDots<Format<BlockQ4_K>> : RowDotsK<BlockQ4_K, false> {};
-template <> struct RowDots<Format<BlockQ5_K>> : RowDotsK<BlockQ5_K, true> {};
+template <> struct RowDots<BlockFormat<BlockQ4_K>> : RowDotsK<BlockQ4_K, false> {};
+template <> struct RowDots<BlockFormat<BlockQ5_K>> : RowDotsK<BlockQ5_K, true> {};
 
 template <>
-struct RowDots<Format<BlockQ6_K>> {
+struct RowDots<BlockFormat<BlockQ6_K>> {
   using Block = BlockQ6_K;
 
   static void multiply(const u8* p, i64 stride, const i8* x, RowInts* dot) {
@@ -180,8 +180,8 @@ struct RowDots<Format<BlockQ6_K>> {
       first_sum[r] = _mm256_maddubs_epi16(first, x_first);
       second_sum[r] = _mm256_maddubs_epi16(second, x_second);
     }
-    fold_rows<2 * kMaxQuant * Format<Block>::max_code, 2>(first_sum, dot);
-    fold_rows<2 * kMaxQuant * Format<Block>::max_code, 2>(second_sum, dot + 4);
+    fold_rows<2 * kMaxQuant * BlockFormat<Block>::max_code, 2>(first_sum, dot);
+    fold_rows<2 * kMaxQuant * BlockFormat<Block>::max_code, 2>(second_sum, dot + 4);
   }
 };
 

@@ -1,7 +1,7 @@
 // Sampling: one token a row, with the log probabilities of the model.
 //
-// A NaN logit counts as -infinity. A row whose largest logit is not finite has no distribution: the largest logit's
-// first token is taken (token 0 if all are -infinity) and its log probabilities are NaN.
+// A NaN logit counts as -infinity. A row whose largest logit is not finite has no distribution: its token is -1, and its
+// log probabilities are NaN.
 // Top-k, top-p and min-p all keep a beginning of the tokens in order of falling logit (then rising id); the shortest of
 // them is kept. Top-p counts probabilities within what top-k kept. The draw walks what is kept in order of the ids.
 #include <algorithm>
@@ -278,6 +278,12 @@ void sample_row(const VectorOps& ops, const SampleArguments& a, i64 index, const
   const RowSummary summary(segments, n_segments);
   if (a.n_top) {
     merge_top(segments, n_segments, summary, a.n_top, a.top_tokens + index * a.n_top, a.top_logprobs + index * a.n_top);
+  }
+
+  if (!std::isfinite(summary.largest)) {
+    a.tokens[index] = a.newest[row.slot] = -1;
+    a.logprobs[index] = NAN;
+    return;
   }
 
   std::vector<Candidate> raw;  // the logits that are about to change

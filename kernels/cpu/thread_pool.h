@@ -3,6 +3,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -26,27 +27,46 @@ class ThreadPool {
   int size() const { return static_cast<int>(threads_.size()) + 1; }
 
   // Calls body(begin, end, thread) for consecutive ranges of `grain` items that cover 0 .. n, and returns when all have
-  // run. A single range runs on the caller at once, so small loops cost nothing. The body must not throw and must not
-  // call parallel_for; ranges and their results may not depend on which thread runs them.
+  // run. A single range runs on the caller at once, so small loops cost nothing. If the body throws, whatever was thrown
+  // first is thrown again here when all ranges have run or thrown. The body must not call parallel_for; ranges and their
+  // results may not depend on which thread runs them.
   template <class Body>
   void parallel_for(i64 n, i64 grain, const Body& body) {
     if (n <= grain || threads_.empty()) {
       if (n > 0) body(i64{0}, n, 0);
       return;
     }
-    run({[](const void* context, i64 begin, i64 end, int thread) {
-           (*static_cast<const Body*>(context))(begin, end, thread);
+    Guarded<Body> guarded{body};
+    run({[](void* context, i64 begin, i64 end, int thread) {
+           static_cast<Guarded<Body>*>(context)->call(begin, end, thread);
          },
-         &body, n, grain});
+         &guarded, n, grain});
+    if (guarded.error) std::rethrow_exception(guarded.error);
   }
 
   // Memory for a kernel's intermediate results, 64-byte aligned, until the next call. Ask outside of parallel_for.
   void* workspace(std::size_t nbytes);
 
  private:
+  // An exception may not leave a thread of the pool: allocations in a body can fail, for instance.
+  template <class Body>
+  struct Guarded {
+    const Body& body;
+    std::atomic<bool> failed{false};
+    std::exception_ptr error{};
+
+    void call(i64 begin, i64 end, int thread) {
+      try {
+        body(begin, end, thread);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+  };
+
   struct Loop {
-    void (*body)(const void* context, i64 begin, i64 end, int thread);
-    const void* context;
+    void (*body)(void* context, i64 begin, i64 end, int thread);
+    void* context;
     i64 n, grain;
   };
 

@@ -13,7 +13,6 @@ constexpr i32 ATTENTION_WAVES = ATTENTION_THREADS / WAVE;
 constexpr i32 VECTOR_THREADS = 256;    // of attention_vector
 constexpr i32 VECTOR_WAVES = VECTOR_THREADS / WAVE;
 constexpr i32 AT_ONCE = 4;             // rows a lane loads before it uses the first
-constexpr i32 PARTITION = 128;         // positions a workgroup of attention_vector takes
 constexpr i32 GROUP = HEADS_PER_KV < 4 ? HEADS_PER_KV : 4;   // query heads of one cache head that share a workgroup
 constexpr i32 GROUPS_PER_KV = (HEADS_PER_KV + GROUP - 1) / GROUP;
 constexpr i32 LANES = 16;              // lanes that read one row of keys or values, 8 elements each at a time
@@ -37,14 +36,15 @@ DEVICE inline i64 cache_row(const AttentionArguments& a, const i32* table, i32 p
   return (block * a.n_kv_heads + head) * a.block_size + position % a.block_size;
 }
 
-// Scratch: the results of attention_tile, a row of n_heads * VALUE_DIM floats a token; behind them, per sequence, query head
-// and partition, what attention_vector leaves: the largest score, the sum of exponentials, and the weighted values.
+// Scratch: the results of attention_tile, a row of n_heads * VALUE_DIM floats a token; behind them, per partition of each
+// sequence with one query, and query head, what attention_vector leaves: the largest score, the sum of exponentials, and the
+// weighted values. Sequences have as much of it as their contexts are long.
 DEVICE inline float* tile_result(const AttentionArguments& a, i32 token, i32 head) {
   return a.scratch + ((i64)token * a.n_heads + head) * VALUE_DIM;
 }
 DEVICE inline float* partial_result(const AttentionArguments& a, i32 sequence, i32 head, i32 partition) {
-  const i64 n_partitions = (a.table_width * a.block_size + PARTITION - 1) / PARTITION;
-  return tile_result(a, a.step->n_tokens, 0) + (((i64)sequence * a.n_heads + head) * n_partitions + partition) * (2 + VALUE_DIM);
+  const i64 place = (i64)(a.first_partitions[sequence] + partition) * a.n_heads + head;
+  return tile_result(a, a.step->n_tokens, 0) + place * (2 + VALUE_DIM);
 }
 
 // Grid: sequences x (cache heads x groups of up to 4 query heads) x splits: a workgroup takes every a.splits-th partition.

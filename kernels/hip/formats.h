@@ -13,14 +13,14 @@ struct Chunk {
   static constexpr i32 GROUPS = GROUPS_;
   i32 word[GROUPS][4];      // 16 signed bytes, first element lowest
   float scale[GROUPS];
-  float minimum[GROUPS];    // the same for both halves of a block of 32; unread where Format::MINIMUM is false
+  float minimum[GROUPS];    // the same for both halves of a block of 32; unread where PlaneFormat::MINIMUM is false
 };
 
 // Per format: how many elements one lane takes, how many share a scale, whether there is a minimum, how to load the bytes of
 // chunk number `chunk` of a row and, once they are there, how to unpack them, and where in the row group g of that chunk begins.
 // Chunks come in order: those of 128 neighbouring elements stand together. `leading_bytes` is what a row takes of the first
 // plane. Blocks of a matrix are counted in 32 bits.
-template <i32 type> struct Format;
+template <i32 type> struct PlaneFormat;
 
 template <typename F> using Unpacked = decltype(F::unpack(typename F::Loaded(), 0u));
 
@@ -42,7 +42,7 @@ DEVICE inline float signed_byte(i32 word, i32 i) { return (float)(i32)(i8)(word 
 // Four bytes below 128, each minus the same `zero`, as signed bytes; no borrow crosses a byte.
 DEVICE inline i32 minus(u32 bytes, u32 zero) { return (i32)(((bytes | 0x80808080u) - zero * 0x01010101u) ^ 0x80808080u); }
 
-template <> struct Format<TYPE_Q8_0> {
+template <> struct PlaneFormat<TYPE_Q8_0> {
   static constexpr i32 ELEMENTS = 16;
   static constexpr i32 SCALE_ELEMENTS = 32;
   static constexpr bool MINIMUM = false;
@@ -62,7 +62,7 @@ template <> struct Format<TYPE_Q8_0> {
   }
 };
 
-template <> struct Format<TYPE_Q4_0> {
+template <> struct PlaneFormat<TYPE_Q4_0> {
   static constexpr i32 ELEMENTS = 32;
   static constexpr i32 SCALE_ELEMENTS = 32;
   static constexpr bool MINIMUM = false;
@@ -96,7 +96,7 @@ DEVICE inline void unpack_scales_minima(const u32 (&packed)[3], u32 pair, u32& s
 
 // Block of 256: d, dmin (float16), 12 bytes of scales and minima, 128 bytes of quants; 32 bytes hold the low nibbles of
 // one group of 32 elements and the high nibbles of the next. A lane takes 16 of those bytes.
-template <> struct Format<TYPE_Q4_K> {
+template <> struct PlaneFormat<TYPE_Q4_K> {
   static constexpr i32 ELEMENTS = 32;
   static constexpr i32 SCALE_ELEMENTS = 32;
   static constexpr bool MINIMUM = true;
@@ -128,7 +128,7 @@ template <> struct Format<TYPE_Q4_K> {
 
 // Block of 256: low 4 bits (128 bytes), high 2 bits (64), a signed scale for each 16 elements (16), d (float16), each field
 // in a plane of its own. 64 + 32 bytes hold 128 elements; a lane takes 16 places of each 32, so 64 elements.
-template <> struct Format<TYPE_Q6_K> {
+template <> struct PlaneFormat<TYPE_Q6_K> {
   static constexpr i32 ELEMENTS = 64;
   static constexpr i32 SCALE_ELEMENTS = 16;
   static constexpr bool MINIMUM = false;

@@ -10,7 +10,7 @@ constexpr i32 DEPTH = 128;           // columns staged at a time
 constexpr i32 BLOCKS = DEPTH / 32;
 constexpr i32 STRIDE = DEPTH + 16;   // bytes between staged rows: keeps 16-byte alignment, spreads banks
 
-using Weights = Format<WEIGHT_TYPE>;
+using Weights = PlaneFormat<WEIGHT_TYPE>;
 
 // Lets a team of waves, which stages operands and multiplies them together, see what it has stored. Teams of several waves meet
 // at the workgroup's barrier, so all of them have to come there equally often.

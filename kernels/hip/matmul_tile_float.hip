@@ -111,7 +111,7 @@ struct ActivationStage {
 
 // One workgroup's TOKENS x ROWS results: waves share the 16 x 16 tiles of the grid evenly, each a block of neighbours.
 template <i32 TOKENS, i32 ROWS>
-struct TileGrid {
+struct FloatTileGrid {
   static constexpr i32 WAVES_ACROSS = ROWS / 16 < TILE_WAVES / 2 ? ROWS / 16 : TILE_WAVES / 2;   // over rows of weights
   static constexpr i32 WAVES_DOWN = TILE_WAVES / WAVES_ACROSS;                                    // over tokens
   static_assert(TOKENS / 16 % WAVES_DOWN == 0 && ROWS / 16 % WAVES_ACROSS == 0, "every wave has the same share");
@@ -163,7 +163,7 @@ DEVICE inline void matmul_tile_float(const MatmulArguments& a) {
 
   WeightStage<type, ROWS> weights;
   ActivationStage<TOKENS> activations;
-  TileGrid<TOKENS, ROWS> grid;
+  FloatTileGrid<TOKENS, ROWS> grid;
   grid.clear();
   const i32 n_stages = (a.width + DEPTH - 1) / DEPTH;
   weights.load(w, a.width, first_row, 0);
@@ -208,7 +208,7 @@ DEVICE inline void swiglu_tile_float(const SwigluArguments& a) {
 
   WeightStage<type, ROWS> gate, up;
   ActivationStage<TOKENS> activations;
-  TileGrid<TOKENS, ROWS> gate_grid, up_grid;
+  FloatTileGrid<TOKENS, ROWS> gate_grid, up_grid;
   gate_grid.clear();
   up_grid.clear();
   const i32 n_stages = (a.width + DEPTH - 1) / DEPTH;

@@ -27,7 +27,7 @@ template <i32 type>
 DEVICE inline void prefetch_rows(const Matrix& w, i32 width, i32 first, i32 count) {
   if constexpr (is_quantized(type)) {
     constexpr i32 LINE = 128, LINES = 2;   // of a lane
-    const i64 row_bytes = Format<type>::leading_bytes(width);
+    const i64 row_bytes = PlaneFormat<type>::leading_bytes(width);
     const i64 n_bytes = row_bytes * (first + count < w.n_rows ? count : w.n_rows - first);
 #pragma unroll
     for (i32 i = 0; i < LINES; i++) {
@@ -47,7 +47,7 @@ DEVICE inline void rows_times_tokens(const WeightRows<ROWS>& rows, const Activat
     for (i32 t = 0; t < TOKENS; t++) out[r][t] = 0.0f;
 
   if constexpr (is_quantized(type)) {
-    using Weights = Format<type>;
+    using Weights = PlaneFormat<type>;
     constexpr i32 LOADS = 256 / Weights::ELEMENTS / ROWS / (TOKENS > 2 ? TOKENS / 2 : 1);   // as registers allow
     constexpr i32 AT_ONCE = LOADS < 1 ? 1 : LOADS > 4 ? 4 : LOADS;   // chunks of a row
     const i32 n_chunks = width / Weights::ELEMENTS;

@@ -9,7 +9,7 @@ constexpr i32 ROW_THREADS = 1024;   // one row is often all there is: the more l
 template <i32 type>
 DEVICE inline void embed_row(const EmbedArguments& a, i32 row, float* out) {
   if constexpr (is_quantized(type)) {
-    using Weights = Format<type>;
+    using Weights = PlaneFormat<type>;
     for (i32 chunk = thread_index(); chunk < a.width / Weights::ELEMENTS; chunk += ROW_THREADS) {
       const auto c = Weights::unpack(Weights::load(a.table, a.width, row, chunk), chunk);
 #pragma unroll

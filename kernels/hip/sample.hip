@@ -419,6 +419,13 @@ KERNEL(sample, SAMPLE_THREADS)(const SampleArguments a) {
   const Row row = {logits, a.n_vocab};
   const Summary raw = summarize(row, board);
   if (a.n_top > 0) list_top(a, row, raw, board);
+  if (!is_finite(raw.largest)) {   // no distribution, so no token
+    if (thread_index() == 0) {
+      a.tokens[index] = a.newest[sampling.slot] = -1;
+      a.logprobs[index] = NOT_A_NUMBER;
+    }
+    return;
+  }
 
   Adjusted changes;
   changes.count(a, sampling, board);

@@ -13,7 +13,7 @@ from support.gguf_models import tiny_config, write_model
 
 from redshard.loader.gguf.gguf_file import GGUFFile
 from redshard.loader.model.model_config import ModelTensors
-from redshard.loader.shard_plan import Device, ModelSize, PlanError, ShardPlan, parse_gpus, plan_shards
+from redshard.loader.shard_plan import DeviceBudget, ModelSize, PlanError, ShardPlan, parse_gpus, plan_shards
 from redshard.loader.units import format_bytes
 
 GIB = 1 << 30
@@ -36,18 +36,18 @@ def ends_of(n_stages: int) -> list[tuple[bool, bool]]:
     return [(i == 0, i == n_stages - 1) for i in range(n_stages)]
 
 
-def slowest_step(size: ModelSize, devices: list[Device], bounds: list[int], kv_tokens: int) -> float:
+def slowest_step(size: ModelSize, devices: list[DeviceBudget], bounds: list[int], kv_tokens: int) -> float:
     times = []
     stages = zip(devices, itertools.pairwise(bounds), ends_of(len(devices)), strict=True)
     for device, (first, last), (_, is_last) in stages:
         read = sum(size.layers[first:last]) + (last - first) * size.kv_per_token * kv_tokens
         read += size.output * is_last
-        times.append(read / (device.speed or device.memory_bytes))
+        times.append(read / device.memory_bytes)
     return max(times)
 
 
 def check_plan(
-    plan: ShardPlan, size: ModelSize, devices: list[Device], kv_tokens: int, overhead: int
+    plan: ShardPlan, size: ModelSize, devices: list[DeviceBudget], kv_tokens: int, overhead: int
 ) -> None:
     assert [stage.device for stage in plan.stages] == list(range(len(devices)))
     assert plan.stages[0].first == 0
@@ -70,7 +70,7 @@ def check_plan(
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[ModelSize, list[Device], int, int]:
+def problems(draw: st.DrawFn) -> tuple[ModelSize, list[DeviceBudget], int, int]:
     layers = tuple(draw(st.lists(st.integers(1, 50), min_size=1, max_size=7)))
     output = draw(st.integers(0, 60))
     size = ModelSize(
@@ -80,16 +80,14 @@ def problems(draw: st.DrawFn) -> tuple[ModelSize, list[Device], int, int]:
         shared=draw(st.integers(0, output)),
         kv_per_token=draw(st.integers(1, 4)),
     )
-    speeds = st.integers(1, 5).map(float) if draw(st.booleans()) else st.none()
-    devices = draw(
-        st.lists(st.builds(Device, st.integers(1, 300), speeds), min_size=1, max_size=min(4, len(layers) + 2))
-    )
+    budgets = st.builds(DeviceBudget, st.integers(1, 300))
+    devices = draw(st.lists(budgets, min_size=1, max_size=min(4, len(layers) + 2)))
     return size, devices, draw(st.integers(0, 20)), draw(st.integers(0, 20))
 
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
-def test_plan_is_the_best_of_all_splits(problem: tuple[ModelSize, list[Device], int, int]) -> None:
+def test_plan_is_the_best_of_all_splits(problem: tuple[ModelSize, list[DeviceBudget], int, int]) -> None:
     size, devices, kv_tokens, overhead = problem
     fitting = []
     for cuts in itertools.combinations_with_replacement(range(len(size.layers) + 1), len(devices) - 1):
@@ -114,7 +112,9 @@ def test_plan_is_the_best_of_all_splits(problem: tuple[ModelSize, list[Device], 
 
 @settings(max_examples=100, deadline=None)
 @given(problems())
-def test_refusal_names_the_most_tokens_that_fit(problem: tuple[ModelSize, list[Device], int, int]) -> None:
+def test_refusal_names_the_most_tokens_that_fit(
+    problem: tuple[ModelSize, list[DeviceBudget], int, int],
+) -> None:
     size, devices, kv_tokens, overhead = problem
     try:
         plan_shards(size, devices, kv_tokens, overhead)
@@ -133,51 +133,41 @@ def test_refusal_names_the_most_tokens_that_fit(problem: tuple[ModelSize, list[D
 
 
 def test_equal_devices_share_evenly() -> None:
-    plan = plan_shards(even_model(), [Device(GIB)] * 4, kv_tokens=10, overhead_bytes=0)
+    plan = plan_shards(even_model(), [DeviceBudget(GIB)] * 4, kv_tokens=10, overhead_bytes=0)
     assert [stage.last - stage.first for stage in plan.stages] == [8, 8, 8, 8]
 
 
 def test_output_matrix_counts_as_work() -> None:
-    plan = plan_shards(even_model(10, ends=400), [Device(GIB)] * 2, kv_tokens=0, overhead_bytes=0)
+    plan = plan_shards(even_model(10, ends=400), [DeviceBudget(GIB)] * 2, kv_tokens=0, overhead_bytes=0)
     assert [stage.last - stage.first for stage in plan.stages] == [7, 3]
 
 
-def test_small_device_gets_less_and_fast_device_more() -> None:
-    by_memory = plan_shards(even_model(30), [Device(16 * GIB), Device(8 * GIB)], 0, 0)
+def test_a_small_device_gets_less() -> None:
+    by_memory = plan_shards(even_model(30), [DeviceBudget(16 * GIB), DeviceBudget(8 * GIB)], 0, 0)
     assert [stage.last for stage in by_memory.stages] == [20, 30]
-    by_speed = plan_shards(even_model(30), [Device(GIB, 1.0), Device(GIB, 2.0)], 0, 0)
-    assert [stage.last for stage in by_speed.stages] == [10, 30]
-
-
-def test_memory_outweighs_speed() -> None:
-    size = even_model(10)
-    plan = plan_shards(size, [Device(300, 100.0), Device(2000, 1.0)], 0, 0)
-    assert [stage.last for stage in plan.stages] == [3, 10]
 
 
 def test_tied_embedding_is_held_once_on_one_device_and_twice_on_two() -> None:
     size = ModelSize((10, 10), input=1000, output=1001, shared=1000, kv_per_token=1)
-    assert plan_shards(size, [Device(2000)], 0, 0).stages[0].weight_bytes == 1021
-    assert [s.weight_bytes for s in plan_shards(size, [Device(2000)] * 2, 0, 0).stages] == [1020, 1001]
+    assert plan_shards(size, [DeviceBudget(2000)], 0, 0).stages[0].weight_bytes == 1021
+    assert [s.weight_bytes for s in plan_shards(size, [DeviceBudget(2000)] * 2, 0, 0).stages] == [1020, 1001]
 
 
 def test_refusals_say_what_to_do() -> None:
     with pytest.raises(PlanError, match=r"5 devices are too many for 2 layers.*use at most 4"):
-        plan_shards(even_model(2), [Device(GIB)] * 5, 0)
+        plan_shards(even_model(2), [DeviceBudget(GIB)] * 5, 0)
     with pytest.raises(PlanError, match="no device"):
         plan_shards(even_model(2), [], 0)
-    with pytest.raises(PlanError, match="speed of every device or of none"):
-        plan_shards(even_model(2), [Device(GIB), Device(GIB, 1.0)], 0)
     with pytest.raises(PlanError, match=r"Not even the weights fit: 2 x 1\.6 KiB would hold them"):
-        plan_shards(even_model(32), [Device(1000)] * 2, 0, 0)
+        plan_shards(even_model(32), [DeviceBudget(1000)] * 2, 0, 0)
     with pytest.raises(PlanError, match="25 tokens would fit: shorten the context"):
-        plan_shards(even_model(2), [Device(200)] * 2, 100, 0)
+        plan_shards(even_model(2), [DeviceBudget(200)] * 2, 100, 0)
 
 
 def test_parse_gpus() -> None:
-    assert parse_gpus("4x16GiB, 1x8GiB") == [Device(16 * GIB)] * 4 + [Device(8 * GIB)]
-    assert parse_gpus("24GB") == [Device(24 * 10**9)]
-    assert parse_gpus("2x1.5GiB") == [Device(3 * GIB // 2)] * 2
+    assert parse_gpus("4x16GiB, 1x8GiB") == [DeviceBudget(16 * GIB)] * 4 + [DeviceBudget(8 * GIB)]
+    assert parse_gpus("24GB") == [DeviceBudget(24 * 10**9)]
+    assert parse_gpus("2x1.5GiB") == [DeviceBudget(3 * GIB // 2)] * 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +180,7 @@ def test_parse_gpus_refuses(text: str) -> None:
 
 
 def test_rows_and_sizes_are_readable() -> None:
-    plan = plan_shards(even_model(4), [Device(GIB), Device(GIB)], 7, 0)
+    plan = plan_shards(even_model(4), [DeviceBudget(GIB), DeviceBudget(GIB)], 7, 0)
     assert len(plan.as_rows()) == 2
     assert all(len(row) == len(ShardPlan.COLUMNS) for row in plan.as_rows())
     assert plan.as_rows()[1][1] == "2-3"

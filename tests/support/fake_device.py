@@ -130,7 +130,9 @@ class FakeDevice(Device):
     def launch(self, kernel: str, arguments: ctypes.Structure, rows: int) -> None:
         raise DeviceError(f"{kernel}: the fake device has no kernels")
 
-    def scratch_bytes(self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
+    def scratch_bytes(
+        self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int, total_context: int
+    ) -> int:
         return ALIGNMENT
 
     def begin_recording(self) -> None:

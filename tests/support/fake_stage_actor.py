@@ -39,6 +39,7 @@ class FakeStageActor(StageActor):
         part: StagePart,
         limits: StepLimits,
         handoff: HandoffType = "float32",
+        fingerprint: str | None = None,
     ) -> dict[str, int]:
         """An empty cache."""
         n_stages = self._stage_number + (1 if part.is_last else 2)

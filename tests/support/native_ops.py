@@ -11,6 +11,7 @@ from support.reference_ops import QUANT_BLOCK, Quantized, Sampling
 
 import redshard._cpu as _cpu
 from redshard.worker.device.arguments import (
+    PARTITION,
     Activation,
     Adjustment,
     AttentionArguments,
@@ -233,6 +234,7 @@ def attention(
         scratch_bytes = _cpu.attention_scratch_bytes(n_tokens, n_heads, value_dim, context)
     scratch = Guarded((scratch_bytes // 4,))
     table_rows = np.arange(len(sequences), dtype=np.int32)[::-1].copy()
+    partitions = first_partitions(sequences)
     shuffled = np.full_like(cache.block_tables, -1, shape=(len(sequences) + 1, cache.block_tables.shape[1]))
     shuffled[table_rows] = cache.block_tables[: len(sequences)]
     step = Step(n_tokens, len(sequences), 0, 0)
@@ -243,6 +245,7 @@ def attention(
         sequences=_address(rows),
         query_starts=_address(starts),
         table_rows=_address(table_rows),
+        first_partitions=_address(partitions),
         block_tables=_address(shuffled),
         q=_address(q),
         k_cache=_address(cache.keys),
@@ -262,6 +265,12 @@ def attention(
     runtime.launch("attention", bytes(arguments))
     scratch.checked()
     return out
+
+
+def first_partitions(sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """Where the partial results of each sequence begin, int32: those with one query have some."""
+    sizes = [positions[-1] // PARTITION + 1 if len(positions) == 1 else 0 for positions in sequences]
+    return np.cumsum([0, *sizes[:-1]], dtype=np.int32)
 
 
 def slot_of(row: int) -> int:

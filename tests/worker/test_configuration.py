@@ -13,15 +13,12 @@ def test_defaults():
     assert configuration.pool.segment_bytes == 1 << 30
     assert configuration.pool.alignment == 4096
     assert configuration.pool.readback == "probe"
-    assert configuration.pool.standalone_bytes == 32 << 20
     assert configuration.upload.sync_bytes == 256 << 20
 
 
 def test_sizes_as_text_and_as_numbers():
-    pool = WorkerConfiguration.model_validate(
-        {"pool": {"segment_bytes": "2.5GiB", "alignment": 65536, "standalone_bytes": "1 MiB"}}
-    ).pool
-    assert (pool.segment_bytes, pool.alignment, pool.standalone_bytes) == (5 << 29, 65536, 1 << 20)
+    pool = WorkerConfiguration.model_validate({"pool": {"segment_bytes": "2.5GiB", "alignment": 65536}}).pool
+    assert (pool.segment_bytes, pool.alignment) == (5 << 29, 65536)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
 
 MAX_MATRICES = 3
 MAX_TOP_LOGPROBS = 20
+PARTITION = 128
 
 
 class Step(ctypes.Structure):
@@ -139,6 +140,7 @@ class AttentionArguments(ctypes.Structure):
         ("sequences", c_void_p),
         ("query_starts", c_void_p),
         ("table_rows", c_void_p),
+        ("first_partitions", c_void_p),
         ("block_tables", c_void_p),
         ("q", c_void_p),
         ("k_cache", c_void_p),

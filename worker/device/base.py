@@ -159,10 +159,12 @@ class Device(ABC):
         return (max_rows,)
 
     @abstractmethod
-    def scratch_bytes(self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
+    def scratch_bytes(
+        self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int, total_context: int
+    ) -> int:
         """Scratch that `attention` wants for steps of up to `rows` tokens of up to `sequences` sequences.
 
-        `max_context` is how many positions the block tables have room for.
+        `max_context` is how many positions a sequence may have, `total_context` all of a step together.
         """
 
     @abstractmethod

@@ -47,7 +47,10 @@ class CpuGraph(Graph):
     def replay(self) -> None:
         if self._graph is None:
             raise DeviceError("replay() of a graph that was released")
-        self._graph.replay()
+        try:
+            self._graph.replay()
+        except MemoryError:
+            raise DeviceError("CPU device: no memory for the intermediate results of a step") from None
 
     def release(self) -> None:
         self._graph = None
@@ -150,7 +153,9 @@ class CpuDevice(Device):
             raise DeviceError(f"launch of unknown kernel {kernel!r}; known are {', '.join(KERNEL_ARGUMENTS)}")
         self._run(kernel, arguments)
 
-    def scratch_bytes(self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
+    def scratch_bytes(
+        self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int, total_context: int
+    ) -> int:
         return _cpu.attention_scratch_bytes(rows, n_heads, value_dim, max_context)
 
     def begin_recording(self) -> None:

@@ -366,8 +366,10 @@ class GpuDevice(Device):
         powers = [1 << i for i in range((max_rows - 1).bit_length())]
         return (*powers, max_rows)
 
-    def scratch_bytes(self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
-        return attention_scratch_bytes(rows, sequences, n_heads, value_dim, max_context)
+    def scratch_bytes(
+        self, rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int, total_context: int
+    ) -> int:
+        return attention_scratch_bytes(rows, sequences, n_heads, value_dim, total_context)
 
     def begin_recording(self) -> None:
         if self._recording is not None:

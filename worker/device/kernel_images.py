@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 32
+#: What the cache may hold; the images that were not used for the longest time go first.
+_MAX_CACHE_BYTES = 512 << 20
 
 
 def source_root() -> Path:
@@ -68,10 +71,15 @@ def _sources_digest(root: Path) -> str:
 
 def read_image(key: str) -> bytes | None:
     """The image of this name if the cache holds it undamaged."""
+    path = cache_directory() / key
+    if not _is_ours(path.parent):
+        return None
     try:
-        stored = (cache_directory() / key).read_bytes()
+        stored = path.read_bytes()
     except OSError:
         return None
+    with suppress(OSError):
+        os.utime(path)  # it was of use just now
     digest, image = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
     return image if hashlib.sha256(image).digest() == digest else None
 
@@ -81,13 +89,40 @@ def write_image(key: str, image: bytes) -> None:
     directory = cache_directory()
     temporary = None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(directory):
+            raise PermissionError("others can write to it, or own it")
         descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=f"{key}.")
         with open(descriptor, "wb") as file:
             file.write(hashlib.sha256(image).digest() + image)
         os.replace(temporary, directory / key)
+        _prune(directory)
     except OSError as error:
         logger.warning("compiled kernels are not kept: cannot write to %s: %s", directory, error)
         if temporary is not None:
             with suppress(OSError):
                 os.unlink(temporary)
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether nobody else can put images into the directory: they would run on the GPU in our name."""
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _prune(directory: Path) -> None:
+    """Remove what was not used for the longest time, until the rest fits. Other workers may do so too."""
+    found = []
+    for entry in os.scandir(directory):
+        with suppress(OSError):
+            found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+    excess = sum(nbytes for _, nbytes, _ in found) - _MAX_CACHE_BYTES
+    for _, nbytes, path in sorted(found):
+        if excess <= 0:
+            return
+        with suppress(OSError):
+            os.unlink(path)
+        excess -= nbytes

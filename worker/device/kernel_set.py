@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from redshard.loader.gguf.quant_types import QuantType
 from redshard.worker.device.arguments import (
+    PARTITION,
     AttentionArguments,
     EmbedArguments,
     MatmulArguments,
@@ -47,7 +48,7 @@ _VECTOR_THREADS, _WEIGHT_ROWS_PER_WAVE = 128, 2  # matmul_vector.hip
 _SWIGLU_THREADS, _SWIGLU_ROWS = 256, 32
 _FLOAT_TILE_THREADS = 256  # matmul_tile_float.hip
 _ATTENTION_THREADS, _ATTENTION_VECTOR_THREADS = 128, 256  # attention.hip
-_PARTITION, _HEADS_PER_GROUP = 128, 4
+_HEADS_PER_GROUP = 4
 _MAX_SPLITS, _SPLIT_GROUPS = 8, 1024  # a context is split until there are so many workgroups
 _PLANES_THREADS, _PLANES_GROUPS = 256, 1024  # planes.hip
 _SAMPLE_THREADS = 1024  # sample.hip
@@ -178,10 +179,20 @@ def split_planes(run: BlockRun, blocks: int, planes: int) -> Launch:
     )
 
 
-def attention_scratch_bytes(rows: int, sequences: int, n_heads: int, value_dim: int, max_context: int) -> int:
-    """Scratch of `attention`: results of the tiles, and partial results of every partition of a context."""
-    partial_results = min(rows, sequences) * n_heads * _groups(max_context, _PARTITION) * (2 + value_dim)
-    return 4 * (rows * n_heads * value_dim + partial_results)
+def attention_scratch_bytes(
+    rows: int, sequences: int, n_heads: int, value_dim: int, total_context: int
+) -> int:
+    """Scratch of `attention`: results of the tiles, and partial results of every partition of the contexts.
+
+    Args:
+        rows: tokens of a step.
+        sequences: of a step.
+        n_heads: query heads.
+        value_dim: elements of a value head.
+        total_context: positions of all sequences of a step together.
+    """
+    partitions = total_context // PARTITION + min(rows, sequences)  # the last of each may not be full
+    return 4 * n_heads * (rows * value_dim + partitions * (2 + value_dim))
 
 
 def _set_tables(a: SetTablesArguments, rows: int, wave_size: int) -> Iterable[Launch]:
@@ -274,7 +285,7 @@ def _attention(a: AttentionArguments, rows: int, wave_size: int) -> Iterable[Lau
 
     sequences = min(rows, a.max_sequences)
     groups = a.n_kv_heads * _groups(heads_per_kv, _HEADS_PER_GROUP)
-    partitions = _groups(a.table_width * a.block_size, _PARTITION)
+    partitions = _groups(a.table_width * a.block_size, PARTITION)
     own = AttentionArguments.from_buffer_copy(a)
     own.splits = max(1, min(partitions, _MAX_SPLITS, _SPLIT_GROUPS // (sequences * groups)))
 

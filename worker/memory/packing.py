@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redshard.loader.units import format_bytes
@@ -14,7 +14,7 @@ class PoolError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class PackedTensor:
     """A named range of an allocation; bytes."""
 
     name: str
@@ -27,7 +27,7 @@ class SegmentPlan:
     """One allocation to be: its size in bytes and what lies in it, by ascending offset."""
 
     nbytes: int
-    placements: tuple[Placement, ...]
+    placements: tuple[PackedTensor, ...]
 
     @property
     def padding(self) -> int:
@@ -72,9 +72,7 @@ def align_up(value: int, alignment: int) -> int:
     return (value + alignment - 1) & -alignment
 
 
-def plan_packing(
-    tensors: Sequence[tuple[str, int]], settings: PoolSettings, read_back: Collection[str] = ()
-) -> PackingPlan:
+def plan_packing(tensors: Sequence[tuple[str, int]], settings: PoolSettings) -> PackingPlan:
     """Pack tensors, the largest first, each into the first segment with room.
 
     A segment has at most `settings.segment_bytes`, except that a larger tensor has a segment of its own, and
@@ -85,24 +83,20 @@ def plan_packing(
 
     Args:
         tensors: (name, bytes) of each tensor.
-        settings: segment size, alignment and readback policy.
-        read_back: names of tensors that will be read back; the ``standalone`` policy keeps them out of
-            segments.
+        settings: segment size and alignment.
 
     Raises:
         PoolError: two tensors of one name, or a size below one byte.
     """
     _check_tensors(tensors)
     ordered = sorted(tensors, key=lambda tensor: (-tensor[1], tensor[0]))
-    own = [tensor for tensor in ordered if _stands_alone(tensor, settings, read_back)]
-    shared = [tensor for tensor in ordered if not _stands_alone(tensor, settings, read_back)]
     segment_bytes = int(settings.segment_bytes)
-    bound = -(-sum(nbytes for _, nbytes in shared) // segment_bytes) + 1
+    bound = -(-sum(nbytes for _, nbytes in ordered) // segment_bytes) + 1
     for quarters in range(4, 9):
-        packed = _first_fit(shared, segment_bytes * quarters // 4, settings.alignment)
+        packed = _first_fit(ordered, segment_bytes * quarters // 4, settings.alignment)
         if len(packed) <= bound:
             break
-    return PackingPlan(tuple(_segment([tensor], settings.alignment) for tensor in own) + tuple(packed))
+    return PackingPlan(tuple(packed))
 
 
 def _check_tensors(tensors: Sequence[tuple[str, int]]) -> None:
@@ -113,11 +107,6 @@ def _check_tensors(tensors: Sequence[tuple[str, int]]) -> None:
         if name in seen:
             raise PoolError(f"two tensors are named {name!r}")
         seen.add(name)
-
-
-def _stands_alone(tensor: tuple[str, int], settings: PoolSettings, read_back: Collection[str]) -> bool:
-    name, nbytes = tensor
-    return settings.readback == "standalone" and (name in read_back or nbytes >= settings.standalone_bytes)
 
 
 def _first_fit(ordered: Sequence[tuple[str, int]], capacity: int, alignment: int) -> list[SegmentPlan]:
@@ -139,6 +128,6 @@ def _segment(tensors: Sequence[tuple[str, int]], alignment: int) -> SegmentPlan:
     placements = []
     offset = 0
     for name, nbytes in tensors:
-        placements.append(Placement(name, offset, nbytes))
+        placements.append(PackedTensor(name, offset, nbytes))
         offset += align_up(nbytes, alignment)
     return SegmentPlan(offset, tuple(placements))

@@ -27,7 +27,7 @@ from redshard.loader.units import format_bytes
 from redshard.worker.configuration import Deadlines, PoolSettings
 from redshard.worker.device.base import Device, DeviceError, HostBuffer
 from redshard.worker.device.watchdog import Watchdog
-from redshard.worker.memory.packing import PackingPlan, Placement, PoolError, align_up
+from redshard.worker.memory.packing import PackedTensor, PackingPlan, PoolError, align_up
 
 __all__ = ["Buffer", "FreeRange", "MemoryMap", "MemoryPool", "PoolError", "SegmentMap", "View"]
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 class Buffer:
     """One device allocation, made and freed by a `MemoryPool`."""
 
-    def __init__(self, name: str, address: int, nbytes: int, parts: tuple[Placement, ...]) -> None:
+    def __init__(self, name: str, address: int, nbytes: int, parts: tuple[PackedTensor, ...]) -> None:
         self.name = name
         self.nbytes = nbytes
         self.parts = parts
@@ -119,7 +119,7 @@ class SegmentMap:
 
     name: str
     nbytes: int
-    parts: tuple[Placement, ...]
+    parts: tuple[PackedTensor, ...]
     padding: int
     free: tuple[FreeRange, ...]
 
@@ -199,7 +199,7 @@ class MemoryPool:
                 closed.
         """
         size = operator.index(nbytes)
-        return self._allocate(name, size, (Placement(name, 0, size),))
+        return self._allocate(name, size, (PackedTensor(name, 0, size),))
 
     def allocate_group(self, name: str, sizes: Mapping[str, int]) -> dict[str, View]:
         """Several named ranges in one allocation, in the order given, each aligned to 256 bytes.
@@ -212,7 +212,7 @@ class MemoryPool:
         for part, nbytes in sizes.items():
             if nbytes < 1:
                 raise PoolError(f"{part!r} of {name!r} has {nbytes} bytes; at least one is needed")
-            placements.append(Placement(part, offset, nbytes))
+            placements.append(PackedTensor(part, offset, nbytes))
             offset += align_up(nbytes, GROUP_ALIGNMENT)
         buffer = self._allocate(name, offset, tuple(placements))
         return _views_of_parts(buffer)
@@ -335,7 +335,7 @@ class MemoryPool:
 
     # Inside
 
-    def _allocate(self, name: str, nbytes: int, parts: tuple[Placement, ...]) -> Buffer:
+    def _allocate(self, name: str, nbytes: int, parts: tuple[PackedTensor, ...]) -> Buffer:
         self._check_open()
         if name in self._buffers:
             raise PoolError(f"there is already an allocation named {name!r}")

@@ -223,12 +223,26 @@ class ForwardPass:
     def layers(self, rows: int) -> None:
         """The residual stream through all layers, on the first stage from the token ids on."""
         if self.weights.part.is_first:
-            table = self.weights.matrix("token_embd")
-            width = self.weights.config.n_embd
-            ops.embed(self.device, self.inputs, rows, table, self.at.hidden, newest=self.newest, width=width)
-        for layer, cache in zip(self.weights.part.layers, self.caches, strict=True):
-            self._attention(layer, cache, rows)
-            self._feed_forward(layer, rows)
+            self.embed(rows)
+        for layer in self.weights.part.layers:
+            self.layer(layer, rows)
+
+    def embed(self, rows: int) -> None:
+        """The residual stream from the token ids."""
+        ops.embed(
+            self.device,
+            self.inputs,
+            rows,
+            self.weights.matrix("token_embd"),
+            self.at.hidden,
+            newest=self.newest,
+            width=self.weights.config.n_embd,
+        )
+
+    def layer(self, layer: int, rows: int) -> None:
+        """The residual stream through one layer of the stage, by its number in the model."""
+        self._attention(layer, self.caches[layer - self.weights.part.layers.start], rows)
+        self._feed_forward(layer, rows)
 
     def logits(self, rows: int) -> None:
         """Logits of the output rows."""

@@ -252,6 +252,7 @@ def attention(
         sequences=inputs.sequences,
         query_starts=inputs.query_starts,
         table_rows=inputs.table_rows,
+        first_partitions=inputs.first_partitions,
         block_tables=cache.tables,
         q=q,
         k_cache=cache.keys,

@@ -9,6 +9,7 @@ step may be launched before the last one has been waited for.
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from redshard.loader.model.model_config import ModelConfig
 from redshard.loader.model.rotary import rotary_table
 from redshard.worker.device.arguments import MAX_TOP_LOGPROBS
 from redshard.worker.device.base import Device, Event, Graph, HostBuffer
+from redshard.worker.device.watchdog import Guard
 from redshard.worker.memory.kv_cache import KVCache, KVCacheLayout, LayerShape
 from redshard.worker.memory.pool import MemoryPool
 from redshard.worker.model import ops
@@ -27,6 +29,7 @@ from redshard.worker.model.forward import Arena, ForwardPass, StageWeights, lay_
 from redshard.worker.model.handoff import Handoff, HandoffType, Hidden
 from redshard.worker.model.sampler import SampleOutputs, logits_result
 from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_deadline import StepDeadline
 from redshard.worker.model.step_inputs import BatchError, InputLayout, InputStaging, StepInputs, StepLimits
 
 #: A graph for each bucket of rows, ascending.
@@ -42,12 +45,14 @@ class Launched:
 
     Attributes:
         batch: the step.
+        began: when it was launched, in seconds of the monotonic clock.
         results: host memory that its sampled tokens are on the way to; None where it gives hidden states.
         arrived: when they are there.
         result: of a step that was waited for at once.
     """
 
     batch: StepBatch
+    began: float
     results: HostBuffer | None = None
     arrived: Event | None = None
     result: StepResult | None = None
@@ -62,6 +67,8 @@ class Stage:
         limits: the largest step.
         freq_factors: float32 (n_rot / 2,), the model's divisors of the rotary frequencies, if it has any.
         handoff: element type of hidden states between stages.
+        check_finite: look at the hidden states after every layer, and refuse the step that has others than
+            finite ones; slow, for finding out where they come from.
 
     Attributes:
         part: what it has of the model.
@@ -79,17 +86,20 @@ class Stage:
         limits: StepLimits,
         freq_factors: np.ndarray | None = None,
         handoff: HandoffType = "float32",
+        check_finite: bool = False,
     ) -> None:
+        self._check_finite = check_finite
         self.limits = limits
         self.part = weights.part
         self._pool, self._device, self._config = pool, pool.device, weights.config
         config = weights.config
-        self._guard = pool.watchdog.guard("a step", pool.deadlines.step_s)
+        self._deadline = StepDeadline(pool.deadlines.step_s)
+        self._idle_since = 0.0
         self._outputs = SampleOutputs(limits.max_outputs)
         self._host_buffers: list[HostBuffer] = []
         self._turn = 0
         self._tables_graphs: Graphs = {}
-        self._layer_graphs: Graphs = {}
+        self._layer_graphs: dict[str, Graphs] = {}  # by what they compute; one for all layers, as a rule
         self._logits_graphs: Graphs = {}
         self._sample_graphs: dict[int, Graphs] = {}
 
@@ -131,10 +141,12 @@ class Stage:
             hidden: what the stage before gave; None on the first stage.
 
         Raises:
-            BatchError: the batch contradicts itself or exceeds the limits; nothing was run.
+            BatchError: the batch contradicts itself or exceeds the limits; nothing was run. Or its hidden
+                states are not finite, where that is checked.
             DeviceError: the device failed.
         """
-        with self._guard:
+        began = time.monotonic()
+        with self._guard(len(batch.token_ids)):
             if self.part.is_first != (hidden is None):
                 raise BatchError("hidden states go into every stage but the first")
             turn = self._turn
@@ -147,9 +159,13 @@ class Stage:
             self._device.copy_in(self._input_buffer.address, staging.buffer, nbytes)
             if staging.step[3] and self._tables_graphs:
                 _replay(self._tables_graphs, 1)
-            if self._layer_graphs:
-                _replay(self._layer_graphs, n_tokens)
-            return self._launch_output(batch, turn) if self.part.is_last else Launched(batch)
+            for what, graphs in self._layer_graphs.items():
+                _replay(graphs, n_tokens)
+                if self._check_finite:
+                    self._refuse_others_than_finite(what, n_tokens)
+            if not self.part.is_last:
+                return Launched(batch, began)
+            return self._launch_output(batch, turn, began)
 
     def finish(self, launched: Launched) -> Hidden | StepResult:
         """Wait for the oldest step that was launched.
@@ -163,18 +179,25 @@ class Stage:
         if launched.result is not None:
             return launched.result
         batch = launched.batch
-        with self._guard:
+        with self._guard(len(batch.token_ids)):
             if launched.results is None or launched.arrived is None:
-                return self.handoff.send(len(batch.token_ids))
-            launched.arrived.synchronize()
-        return self._outputs.read(launched.results.array, batch.step_id, len(batch.output_rows), batch.n_top)
+                out: Hidden | StepResult = self.handoff.send(len(batch.token_ids))
+            else:
+                launched.arrived.synchronize()
+                out = self._outputs.read(
+                    launched.results.array, batch.step_id, len(batch.output_rows), batch.n_top
+                )
+        now = time.monotonic()
+        self._deadline.note(len(batch.token_ids), now - max(launched.began, self._idle_since))
+        self._idle_since = now
+        return out
 
     def close(self) -> None:
         """Release graphs, staging memory and the next stage's inbox. Idempotent; the pool frees the rest."""
         self.handoff.disconnect()
         recorded = (
             self._tables_graphs,
-            self._layer_graphs,
+            *self._layer_graphs.values(),
             self._logits_graphs,
             *self._sample_graphs.values(),
         )
@@ -203,7 +226,7 @@ class Stage:
             return {}
         views = self._pool.allocate_group("slots", sizes)
         for view in views.values():
-            self._pool.write(view, np.zeros(view.nbytes, np.uint8))
+            self._device.fill(view.address, 0, view.nbytes)
         return {name: view.address for name, view in views.items()}
 
     def _upload_rotary(self, freq_factors: np.ndarray | None) -> ops.Rotary:
@@ -236,8 +259,15 @@ class Stage:
         )
         if self._cache is not None:
             self._tables_graphs = self._recorded(1, forward.set_tables)
-        if self.part.layers or self.part.is_first:
-            self._layer_graphs = self._recorded(limits.max_tokens, forward.layers)
+        parts: dict[str, Callable[[int], None]] = {}
+        if self._check_finite:
+            parts |= {"the embedding": forward.embed} if self.part.is_first else {}
+            parts |= {f"layer {layer}": partial(forward.layer, layer) for layer in self.part.layers}
+        elif self.part.layers or self.part.is_first:
+            parts["all layers"] = forward.layers
+        self._layer_graphs = {
+            what: self._recorded(limits.max_tokens, launch) for what, launch in parts.items()
+        }
         if self.part.is_last:
             self._logits_graphs = self._recorded(limits.max_outputs, forward.logits)
             sampled = self._outputs.addresses(self._at.sampled)
@@ -267,19 +297,33 @@ class Stage:
                 launch(rows)
         return dict(zip(buckets, graphs, strict=True))
 
-    def _launch_output(self, batch: StepBatch, turn: int) -> Launched:
+    def _guard(self, rows: int) -> Guard:
+        """Ends the process if the block takes longer than a step of so many rows may."""
+        return self._pool.watchdog.guard(f"a step of {rows} tokens", self._deadline.of(rows))
+
+    def _refuse_others_than_finite(self, what: str, n_tokens: int) -> None:
+        """Raise BatchError if the residual stream is not finite."""
+        hidden = self._pool.read(self._arena.view(0, 4 * n_tokens * self._config.n_embd))
+        rows = np.flatnonzero(~np.isfinite(hidden.view(np.float32).reshape(n_tokens, -1)).all(axis=1))
+        if len(rows):
+            raise BatchError(
+                f"the hidden states are not finite after {what}, in {len(rows)} of {n_tokens} rows"
+            )
+
+    def _launch_output(self, batch: StepBatch, turn: int, began: float) -> Launched:
         """Sample the output rows, or read their logits."""
         n_outputs = len(batch.output_rows)
         if n_outputs:
             _replay(self._logits_graphs, n_outputs)
         if batch.return_logits:
-            return Launched(batch, result=logits_result(batch.step_id, self._read_logits(n_outputs)))
+            result = logits_result(batch.step_id, self._read_logits(n_outputs))
+            return Launched(batch, began, result=result)
         if n_outputs:
             _replay(self._sample_graphs[MAX_TOP_LOGPROBS if batch.n_top else 0], n_outputs)
         results = self._result_stagings[turn]
         view = self._arena.view(self._at.sampled - self._arena.address, self._outputs.nbytes(batch.n_top))
         self._pool.copy_out(results, view)
-        return Launched(batch, results, self._device.record_event())
+        return Launched(batch, began, results, self._device.record_event())
 
     def _read_logits(self, n_outputs: int) -> np.ndarray:
         n_vocab = self._config.n_vocab
@@ -317,6 +361,7 @@ def scratch_bytes(device: Device, config: ModelConfig, limits: StepLimits) -> in
         config.n_heads,
         config.value_dim,
         limits.table_width * limits.block_size,
+        limits.total_context,
     )
 
 

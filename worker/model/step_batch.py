@@ -61,7 +61,7 @@ class StepResult:
 
     Attributes:
         step_id: of the batch.
-        tokens: int32 (n_outputs,); empty when logits were wanted.
+        tokens: int32 (n_outputs,), -1 where the logits are not finite; empty when logits were wanted.
         logprobs: float32 (n_outputs,), natural logarithm of the model's probability of each token.
         top_tokens: int32 (n_outputs, n_top); top_logprobs: float32 (n_outputs, n_top).
         logits: float32 (n_outputs, n_vocab), or None.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redshard.worker.device.arguments import MAX_TOP_LOGPROBS, Step, TableChange
+from redshard.worker.device.arguments import MAX_TOP_LOGPROBS, PARTITION, Step, TableChange
 from redshard.worker.device.base import HostBuffer
 from redshard.worker.memory.kv_cache import DEFAULT_BLOCK_SIZE
 from redshard.worker.memory.packing import align_up
@@ -62,6 +62,11 @@ class StepLimits:
         return min(self.max_context, self.n_kv_blocks * self.block_size)
 
     @property
+    def total_context(self) -> int:
+        """Positions of all sequences of a step together, which the cache holds."""
+        return min(self.max_sequences * self.max_context, self.n_kv_blocks * self.block_size)
+
+    @property
     def table_width(self) -> int:
         """Blocks that a sequence of `max_context` positions takes."""
         return -(-self.max_context // self.block_size)
@@ -88,6 +93,7 @@ class InputAddresses:
     sequences: int
     query_starts: int
     table_rows: int
+    first_partitions: int
     output_rows: int
     sampling: int
     table_changes: int
@@ -106,6 +112,7 @@ class InputLayout:
             self._add(name, 4 * limits.max_tokens)
         self._add("query_starts", 4 * (limits.max_sequences + 1))
         self._add("table_rows", 4 * limits.max_sequences)
+        self._add("first_partitions", 4 * limits.max_sequences)
         self._add("output_rows", 4 * limits.max_outputs)
         self._add("sampling", SAMPLING_ROW_DTYPE.itemsize * limits.max_outputs)
         # Adjustments follow the table changes that a step has, wherever those end: the changes' address is
@@ -209,6 +216,7 @@ class InputStaging:
         self.sequences = view("sequences", limits.max_tokens)
         self.query_starts = view("query_starts", limits.max_sequences + 1)
         self.table_rows = view("table_rows", limits.max_sequences)
+        self.first_partitions = view("first_partitions", limits.max_sequences)
         self.output_rows = view("output_rows", limits.max_outputs)
         self.sampling = view("sampling", limits.max_outputs, SAMPLING_ROW_DTYPE)
         self.tail = array[layout.offsets["tail"] :]
@@ -253,6 +261,7 @@ class StepInputs:
         staging.sequences[:n_tokens] = sequences
         staging.query_starts[: n_sequences + 1] = batch.query_starts
         staging.table_rows[:n_sequences] = batch.slots
+        staging.first_partitions[:n_sequences] = _first_partitions(batch)
         staging.output_rows[:n_outputs] = batch.output_rows
         used = 0
         if states.has_table_changes:
@@ -337,6 +346,14 @@ def _sequence_of_each(batch: StepBatch) -> np.ndarray:
     if ((positions[1:] - positions[:-1] != 1) & follows).any():
         raise BatchError(f"step {batch.step_id}: the positions of a sequence must follow one another")
     return sequences
+
+
+def _first_partitions(batch: StepBatch) -> np.ndarray:
+    """For each sequence, the partitions of those before it; one with many queries needs none."""
+    starts = batch.query_starts
+    partitions = batch.positions[starts[1:] - 1] // np.int32(PARTITION) + np.int32(1)
+    partitions[np.diff(starts) > 1] = 0
+    return np.cumsum(partitions, dtype=np.int32) - partitions
 
 
 def _check_range(what: str, values: np.ndarray, end: int) -> None:

@@ -17,12 +17,12 @@ def step_bytes(config: ModelConfig, limits: StepLimits) -> int:
 
     Args:
         config: of the model.
-        limits: the largest step; `n_kv_blocks` hardly matters.
+        limits: the largest step, and the cache.
     """
     max_context = limits.table_width * limits.block_size
     scratch = max(
         attention_scratch_bytes(
-            limits.max_tokens, limits.max_sequences, config.n_heads, config.value_dim, max_context
+            limits.max_tokens, limits.max_sequences, config.n_heads, config.value_dim, limits.total_context
         ),
         _cpu.attention_scratch_bytes(limits.max_tokens, config.n_heads, config.value_dim, max_context),
     )

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.gguf_models import tiny_config, write_model
 from support.stages import CachedSequence, Pipeline, relative_error
 
 from redshard.cluster.client.llm import LLM
 from redshard.cluster.engine.sampling_params import SamplingParams
-from redshard.cluster.errors import ModelError, ParameterError, PromptError
+from redshard.cluster.errors import ModelError, ParameterError, PipelineError, PromptError, RequestError
 from redshard.loader.gguf.gguf_file import GGUFFile
 from redshard.loader.gguf.quant_types import QuantType
 from redshard.loader.tokenizer.tokenizer import Tokenizer
@@ -229,3 +230,20 @@ def test_models_that_cannot_be_loaded_say_why(ray_instance: None, tmp_path: Path
         LLM(MODEL, stages=5)
     with pytest.raises(ModelError, match="would fit"):
         LLM(MODEL, device="cpu", cache_tokens=10**12)
+
+
+def test_a_model_that_was_replaced_is_not_loaded_again(ray_instance: None, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model.gguf", tiny_config(n_layers=2), seed=1)
+    other = write_model(tmp_path / "other.gguf", tiny_config(n_layers=2), seed=2)
+    assert model.stat().st_size == other.stat().st_size
+    with LLM(model, device="cpu", max_context=64) as llm:
+        before = llm.generate([[1, 2, 3]], GREEDY)[0].token_ids
+        os.replace(other, model)
+        os.kill(llm.stats()["workers"][0]["pid"], signal.SIGKILL)
+        with pytest.raises((RequestError, PipelineError), match=r"model\.gguf: has changed since"):
+            _ask_until_it_fails(llm, before)
+
+
+def _ask_until_it_fails(llm: LLM, expected: list[int]) -> None:
+    for _ in range(3):  # the death may not have been noticed yet
+        assert llm.generate([[1, 2, 3]], GREEDY)[0].token_ids == expected

@@ -18,7 +18,7 @@ from redshard.cluster.pipeline.plan import (
     step_limits,
 )
 from redshard.loader.shard_plan import DEFAULT_OVERHEAD_BYTES as OVERHEAD
-from redshard.loader.shard_plan import Device, ModelSize
+from redshard.loader.shard_plan import DeviceBudget, ModelSize
 from redshard.loader.tokenizer.chat_template import ChatTemplate, ChatTemplateError
 from redshard.worker.configuration import WorkerConfiguration
 
@@ -153,13 +153,13 @@ SETTINGS = PipelineSettings(
 
 
 def test_the_cache_holds_every_sequence_or_what_fits() -> None:
-    plan, tokens = plan_with_cache(SIZE, [Device(64 << 30)] * 2, SETTINGS, OVERHEAD)
+    plan, tokens = plan_with_cache(SIZE, [DeviceBudget(64 << 30)] * 2, SETTINGS, lambda tokens: OVERHEAD)
     assert tokens == 4096 * 16
     parts = stage_parts(plan)
     assert [(part.is_first, part.is_last) for part in parts] == [(True, False), (False, True)]
     assert [*parts[0].layers, *parts[1].layers] == list(range(8))
 
-    plan, tokens = plan_with_cache(SIZE, [Device(11 << 29)] * 2, SETTINGS, OVERHEAD)
+    plan, tokens = plan_with_cache(SIZE, [DeviceBudget(11 << 29)] * 2, SETTINGS, lambda tokens: OVERHEAD)
     assert 4096 <= tokens < 4096 * 16
     assert all(stage.free_bytes >= 0 for stage in plan.stages)
     limits = step_limits(SETTINGS, tokens)
@@ -168,6 +168,8 @@ def test_the_cache_holds_every_sequence_or_what_fits() -> None:
 
 def test_what_does_not_fit_is_refused_with_numbers() -> None:
     with pytest.raises(ModelError, match="GiB"):
-        plan_with_cache(SIZE, [Device(2 << 30)] * 2, SETTINGS, OVERHEAD)
+        plan_with_cache(SIZE, [DeviceBudget(2 << 30)] * 2, SETTINGS, lambda tokens: OVERHEAD)
     with pytest.raises(ModelError, match="would fit"):
-        plan_with_cache(SIZE, [Device(11 << 29)] * 2, replace(SETTINGS, cache_tokens=10**9), OVERHEAD)
+        plan_with_cache(
+            SIZE, [DeviceBudget(11 << 29)] * 2, replace(SETTINGS, cache_tokens=10**9), lambda n: OVERHEAD
+        )

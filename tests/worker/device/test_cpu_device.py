@@ -150,9 +150,9 @@ def test_bad_launches_are_refused_when_they_are_made(device: CpuDevice) -> None:
 
 
 def test_scratch_suffices_for_one_long_row_and_is_bounded_for_many(device: CpuDevice) -> None:
-    one = device.scratch_bytes(1, 1, 32, 128, 131_072)
+    one = device.scratch_bytes(1, 1, 32, 128, 131_072, 131_072)
     assert one >= 32 * 1024 * 128 * 4
-    assert device.scratch_bytes(512, 8, 32, 128, 131_072) <= max(one, 32 << 20)
+    assert device.scratch_bytes(512, 8, 32, 128, 131_072, 1 << 20) <= max(one, 32 << 20)
 
 
 def test_limits_of_control_groups(tmp_path: Path) -> None:

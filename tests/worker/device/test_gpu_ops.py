@@ -19,7 +19,7 @@ from support.comparisons import (
 )
 from support.gguf_models import random_blocks
 from support.gpu_memory import GpuMemory
-from support.native_ops import newest_tokens, slot_of
+from support.native_ops import first_partitions, newest_tokens, slot_of
 from support.reference_ops import Sampling
 
 from redshard.loader.gguf.quant_types import QuantType
@@ -215,8 +215,9 @@ def test_attention(
     q = rng.standard_normal((n, n_heads, head_dim), np.float32)
     bound = next(rows for rows in memory.device.row_buckets(128) if rows >= n)
     context = table_width * block_size
+    total = sum(sequence.stop for sequence in sequences)
     scratch = memory.room(
-        (memory.device.scratch_bytes(bound, len(sequences), n_heads, value_dim, context) // 4,)
+        (memory.device.scratch_bytes(bound, len(sequences), n_heads, value_dim, context, total) // 4,)
     )
     width = n_heads * value_dim
     out = memory.room_for_activation(bound, width, "both" if width % 32 == 0 else "values")
@@ -226,6 +227,7 @@ def test_attention(
         memory.put(rows),
         memory.put(starts),
         memory.put(table_rows),
+        memory.put(first_partitions(sequences)),
         memory.put(tables[np.argsort(table_rows)]),
         memory.put(q),
         memory.put(keys),

@@ -8,6 +8,7 @@ import pytest
 
 from redshard.worker.device import kernel_set
 from redshard.worker.device.arguments import (
+    PARTITION,
     AttentionArguments,
     MatmulArguments,
     Matrix,
@@ -33,7 +34,6 @@ F16, Q4_K, Q6_K = 1, 12, 14
         ("matmul_vector", "SWIGLU_ROWS", kernel_set._SWIGLU_ROWS),
         ("matmul_tile_float", "TILE_THREADS", kernel_set._FLOAT_TILE_THREADS),
         ("attention", "ATTENTION_THREADS", kernel_set._ATTENTION_THREADS),
-        ("attention", "PARTITION", kernel_set._PARTITION),
         ("planes", "PLANES_THREADS", kernel_set._PLANES_THREADS),
         ("sample", "SAMPLE_THREADS", kernel_set._SAMPLE_THREADS),
     ],
@@ -147,7 +147,7 @@ def test_attention_of_one_row_needs_no_tiles() -> None:
     kernels = [launch.kernel for launch in launches("attention", arguments, 1, 32)]
     assert kernels == ["attention_vector", "attention_combine"]
     vector, tile, combine = launches("attention", arguments, 6, 32)
-    partitions = -(-33 * 16 // kernel_set._PARTITION)
+    partitions = -(-33 * 16 // PARTITION)
     assert vector.grid == (5, 3, partitions)  # nine query heads are three groups
     assert tile.grid[:2] == (3, 9)
     assert combine.grid[:2] == (6, -(-9 * 64 // combine.threads))
@@ -173,9 +173,10 @@ def test_attention_launches_no_more_than_sequences_may_need() -> None:
     assert splits == {1: 8, 16: 8, 64: 2, 2048: 2}
 
 
-def test_scratch_grows_with_sequences_rather_than_rows() -> None:
-    few, many = (attention_scratch_bytes(2048, n, 32, 128, 32768) for n in (8, 9))
-    assert many - few == 4 * 32 * (32768 // kernel_set._PARTITION) * 130
+def test_scratch_grows_with_the_contexts_together() -> None:
+    few, many = (attention_scratch_bytes(2048, 8, 32, 128, 128 * n) for n in (800, 801))
+    assert many - few == 4 * 32 * 130
+    assert attention_scratch_bytes(256, 256, 32, 128, 1 << 20) < 200 << 20  # in a cache of a million tokens
     assert attention_scratch_bytes(4, 8, 32, 128, 256) == attention_scratch_bytes(4, 4, 32, 128, 256)
 
 

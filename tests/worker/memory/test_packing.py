@@ -81,15 +81,6 @@ def test_a_large_tensor_has_a_segment_of_its_own_size():
     assert [segment.nbytes for segment in plan.segments] == [3 * GIB + 4096, 8192]
 
 
-def test_standalone_keeps_large_and_read_tensors_out_of_segments():
-    settings = PoolSettings(readback="standalone", standalone_bytes="1MiB")
-    tensors = [("large", 1 << 20), ("read", 100), ("a", 200), ("b", 300)]
-    plan = plan_packing(tensors, settings, read_back={"read"})
-    contents = [sorted(p.name for p in segment.placements) for segment in plan.segments]
-    assert contents == [["large"], ["read"], ["a", "b"]]
-    assert len(plan_packing(tensors, PoolSettings(), read_back={"read"}).segments) == 1
-
-
 def test_bad_lists_are_refused():
     with pytest.raises(PoolError, match="two tensors are named 'a'"):
         plan_packing([("a", 1), ("a", 2)], PoolSettings())

@@ -55,14 +55,12 @@ def test_a_worker_makes_few_allocations(tensors, refuse):
     ("policy", "fault"),
     [
         ("direct", ""),
-        *itertools.product(
-            ["probe", "bounce", "standalone"], ["", "refuse_view_reads", "corrupt_view_reads"]
-        ),
+        *itertools.product(["probe", "bounce"], ["", "refuse_view_reads", "corrupt_view_reads"]),
     ],
 )
 def test_views_are_read_whatever_the_runtime_does(policy, fault):
     device = FakeDevice(**{fault: True} if fault else {})
-    settings = PoolSettings(segment_bytes="64KiB", readback=policy, standalone_bytes="32KiB")
+    settings = PoolSettings(segment_bytes="64KiB", readback=policy)
     contents = {name: random_bytes(nbytes) for name, nbytes in [*TENSORS, ("large", 2_500_000)]}
     with MemoryPool(device, settings) as pool:
         plan = plan_packing([(name, values.nbytes) for name, values in contents.items()], settings)
@@ -83,7 +81,6 @@ def test_views_are_read_whatever_the_runtime_does(policy, fault):
         ("probe", {"corrupt_view_reads": True}, "bounce: wrong bytes"),
         ("direct", {"refuse_view_reads": True}, "direct: configured"),
         ("bounce", {}, "bounce: configured"),
-        ("standalone", {}, "bounce: configured"),
     ],
 )
 def test_the_policy_decides_and_the_probe_finds_out(policy, faults, expected):

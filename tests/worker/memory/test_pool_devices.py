@@ -34,7 +34,7 @@ def device(request, monkeypatch) -> Iterator[Device]:
     opened.close()
 
 
-@pytest.mark.parametrize("readback", ["probe", "bounce", "standalone"])
+@pytest.mark.parametrize("readback", ["probe", "bounce"])
 def test_uploaded_bytes_come_back(device, readback, tmp_path: Path):
     data = np.random.default_rng().integers(0, 256, sum(SIZES), np.uint8)
     (tmp_path / "model").write_bytes(data.tobytes())
@@ -45,7 +45,7 @@ def test_uploaded_bytes_come_back(device, readback, tmp_path: Path):
         )
         for start, nbytes in zip(starts, SIZES, strict=True)
     ]
-    settings = PoolSettings(segment_bytes="1MiB", readback=readback, standalone_bytes="64KiB")
+    settings = PoolSettings(segment_bytes="1MiB", readback=readback)
     with MemoryPool(device, settings) as pool:
         views = pool.allocate_weights(plan_packing([(t.name, t.nbytes) for t in tensors], settings))
         upload(pool, tensors, views, UploadSettings(staging_bytes="64KiB", sync_bytes="300KiB"))

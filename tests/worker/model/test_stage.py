@@ -13,7 +13,10 @@ import pytest
 from support.gguf_models import tiny_config, write_model
 from support.stages import LIMITS, CachedSequence, Pipeline, relative_error
 
+from redshard.loader.gguf.gguf_file import GGUFFile
 from redshard.loader.gguf.quant_types import QuantType
+from redshard.worker.configuration import WorkerConfiguration
+from redshard.worker.device.choose import open_device
 from redshard.worker.model.step_batch import (
     ADJUSTMENT_CHANGE_DTYPE,
     SAMPLING_ROW_DTYPE,
@@ -21,6 +24,7 @@ from redshard.worker.model.step_batch import (
     StepBatch,
 )
 from redshard.worker.model.step_inputs import BatchError
+from redshard.worker.worker import Worker
 
 N_VOCAB = tiny_config().n_vocab
 
@@ -263,3 +267,23 @@ def test_broken_batches_are_refused(pipeline: Pipeline, name: str) -> None:
 def test_limits_must_be_positive(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         replace(LIMITS, **{name: 0})
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_weights_that_are_not_finite_give_no_token(tmp_path: Path, layer: int) -> None:
+    """Every row that they reach gets token -1; asked to, the stage names the layer."""
+    config = tiny_config("qwen3", n_layers=3)
+    path = write_model(tmp_path / "model.gguf", config, QuantType.F32)
+    with GGUFFile.open(path) as file:
+        info = file.tensors[f"blk.{layer}.ffn_down.weight"]
+    with path.open("r+b") as raw:
+        raw.seek(info.offset)
+        raw.write(np.array([np.nan], np.float32).tobytes())
+    with Pipeline(path) as pipeline:
+        batch = pipeline.batch([(CachedSequence(), _prompt(5))])
+        assert set(pipeline.run(replace(batch, sampling=_greedy(5))).tokens.tolist()) == {-1}
+    worker = Worker(open_device("cpu", 2), WorkerConfiguration(check_finite=True))
+    with Pipeline(path, workers=[worker]) as pipeline:
+        batch = pipeline.batch([(CachedSequence(), _prompt(5))])
+        with pytest.raises(BatchError, match=f"not finite after layer {layer}, in 5 of 5 rows"):
+            pipeline.run(replace(batch, sampling=_greedy(5)))
