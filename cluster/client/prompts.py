@@ -12,6 +12,7 @@ import numpy as np
 from redshard.cluster.engine.sampling_params import SamplingParams
 from redshard.cluster.errors import ParameterError, PromptError
 from redshard.loader.tokenizer.chat_template import ChatTemplate, ChatTemplateError
+from redshard.loader.tokenizer.marked_text import unmarked
 from redshard.loader.tokenizer.tokenizer import Tokenizer
 
 #: Text, token ids, or chat messages (mappings with "role" and "content").
@@ -89,12 +90,10 @@ class PromptEncoder:
         if isinstance(self._chat, ChatTemplateError):
             raise PromptError(str(self._chat))
         try:
-            text = self._chat.render(
-                messages, conceal=None if self._parse_special else self._tokenizer.conceal
-            )
+            text = self._chat.render(messages)
         except ChatTemplateError as error:
             raise PromptError(str(error)) from error
-        return self._tokenizer.encode(text, parse_special=True)
+        return self._tokenizer.encode(unmarked(text) if self._parse_special else text, parse_special=True)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pickle
-import secrets
 import select
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import islice, product
+from typing import Any, Literal, get_args
 
 from redshard.loader.tokenizer import template_process
+from redshard.loader.tokenizer.marked_text import MarkedText
 from redshard.loader.tokenizer.template_process import LENGTH, PROMPT, RenderRequest, write
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,11 @@ MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_PROMPT_CHARACTERS = 1 << 24
 MAX_RENDER_SECONDS = 10.0
 
-#: A text as it is to be read as content: what `Tokenizer.conceal` gives, for instance.
-Conceal = Callable[[str], str]
+_MAX_GUESSES = 16
+_PROBE = "3141592653589793238462643383279502884197"  # survives changes of case, white space and quoting
+
+#: How a template reads `content`: as text, or as a list of parts with `type` and `text`.
+Form = Literal["text", "parts"]
 
 
 class ChatTemplateError(ValueError):
@@ -37,10 +42,7 @@ class ChatTemplateError(ValueError):
 
 
 class ChatTemplate:
-    """Renders chat messages as the prompt that a model was trained on. Safe to share between threads.
-
-    The prompt spells the model's special tokens, so encode it with `parse_special=True`.
-    """
+    """Renders chat messages as the prompt that a model was trained on. Safe to share between threads."""
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         """Take the templates, which are compiled when they are first used.
@@ -57,7 +59,7 @@ class ChatTemplate:
                     f"chat template {name!r} has {len(source)} characters, over {MAX_TEMPLATE_CHARACTERS}"
                 )
         self._sources, self._special_tokens = dict(sources), dict(special_tokens)
-        self._reads_parts: dict[tuple[str, str], bool] = {}
+        self._forms: dict[tuple[str, str], Form] = {}  # by template and role, as far as they are known
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
@@ -76,101 +78,111 @@ class ChatTemplate:
         return cls(texts, _special_tokens(metadata))
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        conceal: Conceal | None = None,
-        **variables: Any,
-    ) -> str:
-        """The prompt for a conversation.
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> MarkedText:
+        """The prompt for a conversation, which knows what of it the template wrote.
+
+        It spells the model's special tokens, so encode it with `parse_special=True`: `Tokenizer.encode` finds
+        them in what the template wrote, and takes what the messages say literally.
 
         messages: each with `role`, and `content` that is text or a list of text parts; None only beside
             `tool_calls`.
         add_generation_prompt: end where the model's answer begins.
-        conceal: what every text but roles is passed through: see `Tokenizer.conceal`.
         variables: what else the template may read, such as `tools`.
 
         Raises:
-            ChatTemplateError: the messages are malformed, or the template is not valid, refuses them, fails
-                or exceeds its bounds.
+            ChatTemplateError: the messages are malformed, or the template is not valid, refuses them, fails,
+                exceeds its bounds, or leaves out what some role says.
         """
         name = "tool_use" if variables.get("tools") and "tool_use" in self._sources else "default"
-        conversation = [self._readable(name, message) for message in _checked(messages)]
-        if conceal is not None:
-            conversation = [
-                {**_all_concealed(message, conceal), "role": message["role"]} for message in conversation
-            ]
-            variables = _all_concealed(variables, conceal)
-        values = {"tools": None, "documents": None, **variables}
-        values.update(messages=conversation, add_generation_prompt=add_generation_prompt)
-        return self._rendered(name, values)
+        values = {
+            "tools": None,
+            "documents": None,
+            **variables,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return _Rendering(self, name, values).prompt(_checked(messages))
 
-    def _rendered(self, name: str, values: Mapping[str, Any]) -> str:
+
+class _Rendering:
+    """One conversation on its way to a prompt, in `MAX_RENDER_SECONDS` altogether."""
+
+    def __init__(self, template: ChatTemplate, name: str, values: Mapping[str, Any]) -> None:
+        self._template, self._name, self._values = template, name, values
+        self._seconds = MAX_RENDER_SECONDS  # that are left
+
+    def prompt(self, conversation: Sequence[Mapping[str, Any]]) -> MarkedText:
+        return self._rendered(conversation, self._forms(conversation))
+
+    def _rendered(self, conversation: Sequence[Mapping[str, Any]], forms: Mapping[str, Form]) -> MarkedText:
         request = RenderRequest(
-            self._sources[name],
-            self._special_tokens,
-            values,
+            self._template._sources[self._name],
+            self._template._special_tokens,
+            {**self._values, "messages": [_in_form(message, forms) for message in conversation]},
             MAX_PROMPT_CHARACTERS,
             MAX_RENDER_SECONDS,
         )
-        return _sandbox.render(request)
-
-    def _readable(self, name: str, message: dict[str, Any]) -> dict[str, Any]:
-        """A message whose content has the form that the template reads."""
-        content = message["content"]
-        if content is None:
-            return message
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if self._takes_parts(name, message["role"]):
-            return {**message, "content": parts}
-        return {**message, "content": "".join(part["text"] for part in parts)}
-
-    def _takes_parts(self, name: str, role: str) -> bool:
-        """Whether the template shows the text of such a message only if it is in a list of parts."""
-        if (name, role) not in self._reads_parts:
-            self._reads_parts[name, role] = self._probe(name, role)
-        return self._reads_parts[name, role]
-
-    def _probe(self, name: str, role: str) -> bool:
-        probe = f"probe {secrets.token_hex(8)}"
-        shown = {}
-        for form, content in (("text", probe), ("parts", [{"type": "text", "text": probe}])):
-            values = {
-                "messages": _conversation_with({"role": role, "content": content}),
-                "add_generation_prompt": True,
-                "tools": None,
-                "documents": None,
-            }
+        with _sandbox.lock:  # the time that others take is not this one's
+            began = time.monotonic()
             try:
-                shown[form] = probe in self._rendered(name, values)
+                return _sandbox.render(request, began + self._seconds)
+            finally:
+                self._seconds -= time.monotonic() - began
+
+    def _forms(self, conversation: Sequence[Mapping[str, Any]]) -> dict[str, Form]:
+        """For each role the form in which the template shows what it says.
+
+        A role is probed when it is first met, in the conversation at hand, with other words as its content.
+        """
+        roles = dict.fromkeys(message["role"] for message in conversation if _must_be_shown(message))
+        known = self._template._forms
+        forms = {role: known[self._name, role] for role in roles if (self._name, role) in known}
+        unknown = [role for role in roles if role not in forms]
+        words = {role: f"{number}{_PROBE}{number}" for number, role in enumerate(roles, 10)}
+        probe = [
+            {**message, "content": words[message["role"]]} if _must_be_shown(message) else message
+            for message in conversation
+        ]
+        never_shown: set[str] | None = None  # as long as the template has rendered nothing
+        for guess in islice(product(get_args(Form), repeat=len(unknown)), _MAX_GUESSES):
+            guessed = {**forms, **dict(zip(unknown, guess, strict=True))}
+            if not unknown:
+                return guessed
+            try:
+                prompt = self._rendered(probe, guessed)
             except ChatTemplateError as error:
-                logger.debug("%s as %s: %s", role, form, error)
-        if shown.get("text"):  # a list shown as it is contains the text too
-            return False
-        if shown.get("parts"):
-            return True
-        if shown:
-            logger.warning(
-                "the chat template shows nothing of messages by %r, neither as text nor as parts; the model "
-                "may not get to read them",
-                role,
+                logger.debug("contents as %s: %s", guessed, error)
+                continue
+            hidden = {role for role in unknown if words[role] not in prompt}
+            if not hidden:
+                known.update({(self._name, role): guessed[role] for role in unknown})
+                return guessed
+            never_shown = hidden if never_shown is None else never_shown & hidden
+        if never_shown:
+            raise ChatTemplateError(
+                f"the chat template leaves out what {', '.join(map(repr, sorted(never_shown)))} says in "
+                "such a conversation, given as text and as a list of parts"
             )
-        return False
+        return forms
 
 
-def _conversation_with(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """A conversation as templates expect it, with a message of any role in it."""
-    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    match message["role"]:
-        case "user":
-            return [message]
-        case "assistant":
-            return [question, message, question]
-        case "tool":
-            return [question, answer, message]
-        case _:
-            return [message, question]
+def _must_be_shown(message: Mapping[str, Any]) -> bool:
+    """Whether a template has to show the content; what stands beside tool calls is often left out."""
+    return bool(message["content"]) and not message.get("tool_calls")
+
+
+def _in_form(message: Mapping[str, Any], forms: Mapping[str, Form]) -> Mapping[str, Any]:
+    content = message["content"]
+    if content is None:
+        return message
+    if forms.get(message["role"]) == "parts":
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        return {**message, "content": parts}
+    return {**message, "content": content if isinstance(content, str) else _text_of(content)}
+
+
+def _text_of(parts: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(part["text"] for part in parts)
 
 
 def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -205,47 +217,44 @@ def _checked_part(number: int, part: Any) -> dict[str, Any]:
     raise ChatTemplateError(f"chat message {number} has a part that is not text; only text can be read")
 
 
-def _all_concealed(value: Any, conceal: Conceal) -> Any:
-    """The same with every text passed through `conceal`, but for the keys of mappings."""
-    if isinstance(value, str):
-        return conceal(value)
-    if isinstance(value, Mapping):
-        return {key: _all_concealed(item, conceal) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_all_concealed(item, conceal) for item in value]
-    return value
-
-
 class _Sandbox:
-    """The process that renders, started when it is needed and again after it had to be ended."""
+    """The process that renders, started when it is needed and again after it had to be ended.
+
+    lock: to be held while something is rendered.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, request: RenderRequest) -> str:
-        """The prompt. Raises ChatTemplateError with the reason where there is none."""
+    def render(self, request: RenderRequest, ends: float) -> MarkedText:
+        """The prompt, if it is there when `time.monotonic()` is `ends`.
+
+        Raises:
+            ChatTemplateError: why there is none.
+        """
         try:
             message = pickle.dumps(request)
         except Exception as error:
             raise ChatTemplateError(f"the chat messages hold what cannot be passed on: {error}") from None
-        with self._lock:
-            answer = self._answer(message, request.max_seconds)
-        if not answer.startswith(PROMPT):
-            raise ChatTemplateError(answer[1:])
-        return answer[1:]
+        answer = self._answer(message, ends)
+        sign, rest = answer[: len(PROMPT)], answer[len(PROMPT) :]
+        if sign != PROMPT:
+            raise ChatTemplateError(rest.decode(errors="replace"))
+        (length,) = LENGTH.unpack_from(rest)
+        marks, text = rest[LENGTH.size : LENGTH.size + length], rest[LENGTH.size + length :]
+        return MarkedText(text.decode(errors="surrogatepass"), marks)
 
-    def _answer(self, message: bytes, max_seconds: float) -> str:
+    def _answer(self, message: bytes, ends: float) -> bytes:
         process = self._started()
         assert process.stdin is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # its end is noticed below
                 write(process.stdin, message)
-            answer = self._read(process, time.monotonic() + max_seconds)
+            return self._read(process, ends)
         except BaseException:  # an interrupt too: what comes next would be the answer to this
             self._end()
             raise
-        return answer.decode(errors="surrogatepass")
 
     def _read(self, process: subprocess.Popen[bytes], ends: float) -> bytes:
         header = self._read_exactly(process, LENGTH.size, ends)
@@ -268,7 +277,12 @@ class _Sandbox:
             path, module = repr(sys.path), template_process.__name__
             code = f"import sys; sys.path[:] = {path}; from {module} import serve; serve()"
             command = [sys.executable, "-c", code]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for whoever waits
+            )
         return self._process
 
     def _end(self) -> None:
@@ -279,3 +293,5 @@ class _Sandbox:
 
 
 _sandbox = _Sandbox()
+# A forked process has the pipes of its parent: it must not talk into them, and needs a process of its own.
+os.register_at_fork(after_in_child=_sandbox.__init__)  # type: ignore[misc]

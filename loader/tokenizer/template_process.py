@@ -4,8 +4,9 @@ Jinja's immutable sandbox keeps a template from reaching anything but what it is
 from asking for more memory or time than there is, at compile time too, so the operating system does: memory
 by RLIMIT_AS, time by whoever waits for the answer, and by a timer here should nobody wait any more.
 
-A request is a pickled `RenderRequest`; an answer is UTF-8, one letter and the text: "=" the prompt, "!" why
-there is none. Both are preceded by their length.
+A request is a pickled `RenderRequest`. An answer is a sign and then "=" the prompt's length in characters, a
+mark for each of them (`marked_text`) and its text, or "!" why there is none. Text is UTF-8. Both are preceded
+by their length.
 """
 
 from __future__ import annotations
@@ -16,15 +17,22 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import wraps
 from typing import IO, Any
+
+from redshard.loader.tokenizer.marked_text import MarkedText, joined, marks_of, written
 
 MAX_MEMORY_BYTES = 1 << 30
 
+_KNOWN_ROLES = frozenset(
+    ("system", "developer", "user", "assistant", "model", "tool", "function", "ipython", "observation")
+)
+
 LENGTH = struct.Struct("=q")
-PROMPT, PROBLEM = "=", "!"
+PROMPT, PROBLEM = b"=", b"!"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,6 @@ class RenderRequest:
 
 def serve() -> None:
     """Answer requests from standard input until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever waits
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, should nobody wait any more
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -48,7 +55,7 @@ def serve() -> None:
     while (message := read(sys.stdin.buffer)) is not None:
         request: RenderRequest = pickle.loads(message)
         signal.setitimer(signal.ITIMER_REAL, 2 * request.max_seconds)
-        answer = templates.answer(request).encode(errors="surrogatepass")
+        answer = templates.answer(request)
         signal.setitimer(signal.ITIMER_REAL, 0)
         write(sys.stdout.buffer, answer)
 
@@ -65,8 +72,8 @@ def write(stream: IO[bytes], message: bytes) -> None:
     stream.flush()
 
 
-class _TooLong(Exception):
-    """A template writes more than a prompt may have."""
+class _Problem(Exception):
+    """Why there is no prompt."""
 
 
 class _Templates:
@@ -75,24 +82,27 @@ class _Templates:
     def __init__(self) -> None:
         self._compiled: dict[tuple[str, tuple[tuple[str, str], ...]], Any] = {}
 
-    def answer(self, request: RenderRequest) -> str:
+    def answer(self, request: RenderRequest) -> bytes:
         """What goes back; never raises."""
         try:
-            template = self._template(request)
-        except (Exception, RecursionError, MemoryError) as error:
-            return f"{PROBLEM}the chat template is not valid: {_named(error)}"
-        try:
-            return PROMPT + _joined(template.generate(dict(request.values)), request.max_characters)
-        except _Refusal as error:
-            return f"{PROBLEM}the chat template refuses these messages: {error}"
-        except _TooLong:
-            return f"{PROBLEM}the chat template wrote more than {request.max_characters} characters"
+            return _encoded(self._prompt(request))
+        except _Problem as problem:
+            return PROBLEM + str(problem).encode(errors="replace")
         except MemoryError:
-            return (
-                f"{PROBLEM}the chat template makes values larger than the {MAX_MEMORY_BYTES >> 20} MiB it has"
-            )
+            limit = MAX_MEMORY_BYTES >> 20
+            return PROBLEM + f"the chat template makes values larger than the {limit} MiB it has".encode()
+
+    def _prompt(self, request: RenderRequest) -> str:
+        try:
+            template = self._template(request)
         except Exception as error:
-            return f"{PROBLEM}the chat template failed on these messages: {_named(error)}"
+            raise _Problem(f"the chat template is not valid: {_named(error)}") from error
+        try:
+            return _joined(template.generate(_readable(request.values)), request.max_characters)
+        except (_Problem, MemoryError):
+            raise
+        except Exception as error:
+            raise _Problem(f"the chat template failed on these messages: {_named(error)}") from error
 
     def _template(self, request: RenderRequest) -> Any:
         key = request.source, tuple(sorted(request.special_tokens.items()))
@@ -105,23 +115,32 @@ def _named(error: BaseException) -> str:
     return (str(error) or type(error).__name__)[:1000]
 
 
-def _joined(chunks: Iterable[str], max_characters: int) -> str:
+def _encoded(prompt: str) -> bytes:
+    return PROMPT + LENGTH.pack(len(prompt)) + marks_of(prompt) + prompt.encode(errors="surrogatepass")
+
+
+def _readable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the well-known roles as the template's own words: '<|' + message.role + '|>'."""
+    messages = [
+        {**message, "role": written(message["role"])} if message["role"] in _KNOWN_ROLES else message
+        for message in values["messages"]
+    ]
+    return {**values, "messages": messages}
+
+
+def _joined(chunks: Iterable[str], max_characters: int) -> MarkedText:
     parts: list[str] = []
     length = 0
     for chunk in chunks:
         parts.append(chunk)
         length += len(chunk)
         if length > max_characters:
-            raise _TooLong
-    return "".join(parts)
+            raise _Problem(f"the chat template wrote more than {max_characters} characters")
+    return joined(parts)
 
 
-class _Refusal(Exception):
-    """The template says that it does not take the messages."""
-
-
-def _raise(message: str) -> None:
-    raise _Refusal(message)
+def _raise(message: object) -> None:
+    raise _Problem(f"the chat template refuses these messages: {message!s:.1000}")
 
 
 def _now(format: str) -> str:
@@ -140,12 +159,23 @@ def _to_json(
     )
 
 
+def _join(join: Callable[..., str]) -> Callable[..., str]:
+    """Jinja's filter, which joins as its separator does, with one that keeps marks."""
+
+    @wraps(join)
+    def marked(context: Any, values: Any, d: Any = "", attribute: Any = None) -> str:
+        return join(context, values, joined((str(d),)), attribute)
+
+    return marked
+
+
 def _environment(special_tokens: Mapping[str, str]) -> Any:
     """What templates find here is what they find in Hugging Face `transformers`.
 
     Source: https://huggingface.co/docs/transformers/chat_templating_writing.
     """
     from jinja2 import nodes
+    from jinja2.compiler import CodeGenerator, Frame
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -159,9 +189,48 @@ def _environment(special_tokens: Mapping[str, str]) -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    texts: list[MarkedText] = []
+
+    class MarkingCode(CodeGenerator):
+        """Compiles so that the template's own texts are marked, and stay so when they are joined."""
+
+        def _text(self, text: str) -> str:
+            texts.append(written(text))
+            return f"environment.texts[{len(texts) - 1}]"
+
+        def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
+            if isinstance(node.value, str):
+                self.write(self._text(node.value))
+            else:
+                super().visit_Const(node, frame)
+
+        def visit_TemplateData(self, node: nodes.TemplateData, frame: Frame) -> None:
+            self.write(self._text(node.data))
+
+        def _output_const_repr(self, group: Iterable[Any]) -> str:
+            return self._text("".join(group))
+
+        def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+            self.write("environment.concat(map(str, (")
+            for operand in node.nodes:
+                self.visit(operand, frame)
+                self.write(", ")
+            self.write(")))")
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        code_generator_class = MarkingCode
+        concat = staticmethod(joined)
+
+    environment: Any = Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[loopcontrols, Generation],
+        optimized=False,  # which would compute lists and mappings of texts ahead, without their marks
     )
     environment.filters["tojson"] = _to_json
-    environment.globals.update(special_tokens, raise_exception=_raise, strftime_now=_now)
+    environment.filters["join"] = _join(environment.filters["join"])
+    environment.filters["safe"] = str  # a prompt is no HTML: text marked as safe would escape what it meets
+    environment.globals.update(raise_exception=_raise, strftime_now=_now)
+    environment.globals.update({name: written(text) for name, text in special_tokens.items()})
+    environment.texts = texts
     return environment

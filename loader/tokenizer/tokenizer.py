@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from redshard.loader.tokenizer.marked_text import MarkedText, marks_of, unmarked
 from redshard.loader.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from redshard.loader.tokenizer.subword_models import (
     SPACE,
@@ -81,9 +82,10 @@ class Tokenizer:
         self._special_ids = frozenset(vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN))
         user_defined = vocabulary.of_type(TokenType.USER_DEFINED)
         lstrip, rstrip = _stripping(vocabulary, metadata)
-        self._user_defined = _SpecialTokens(vocabulary, user_defined, lstrip, rstrip)
-        self._all_special = _SpecialTokens(vocabulary, [*user_defined, *self._special_ids], lstrip, rstrip)
-        self._disguise = _Disguise([vocabulary.tokens[id_] for id_ in self._special_ids])
+        self._user_defined = _SpecialTokens(vocabulary, user_defined, user_defined, lstrip, rstrip)
+        self._all_special = _SpecialTokens(
+            vocabulary, [*user_defined, *self._special_ids], user_defined, lstrip, rstrip
+        )
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -109,13 +111,19 @@ class Tokenizer:
             itself starts with is not doubled.
         add_end: put the model's end token behind it too, where it wants one: for texts that are complete, not
             for prompts, which the model is to go on with.
-        parse_special: take control tokens spelled in the text (`<|im_end|>`) as such, but for what went
-            through `conceal`. Tokens that the vocabulary calls user-defined are always found.
+        parse_special: take control tokens spelled in the text (`<|im_end|>`) as such; of `MarkedText`, only
+            those of which the template wrote every character. Tokens that the vocabulary calls user-defined
+            are always found.
 
         A lone surrogate counts as U+FFFD.
         """
         ids: list[int] = []
-        for part in self._pieces(_well_formed(text), parse_special):
+        plain = _well_formed(unmarked(text))
+        marks = marks_of(text) if isinstance(text, MarkedText) else None
+        if marks is not None and len(marks) != len(plain):
+            marks = bytes(len(plain))  # surrogates were replaced, so it is uncertain what the marks are for
+        special_tokens = self._all_special if parse_special else self._user_defined
+        for part in special_tokens.split(plain, marks):
             if isinstance(part, int):
                 ids.append(part)
             else:
@@ -123,26 +131,6 @@ class Tokenizer:
         if not add_special:
             return ids
         return [*(self._head if ids[:1] != self._head else ()), *ids, *(self._tail if add_end else ())]
-
-    def conceal(self, text: str) -> str:
-        """A stranger's text, such that no control token that it spells is taken as one when it is encoded.
-
-        The text has the same length, and encodes as it would without `parse_special`, also as a part of
-        another text. The first characters of what could be a control token, or the beginning of one, are
-        replaced by noncharacters, which stand for them until they are encoded.
-        """
-        return self._disguise.conceal(_well_formed(text))
-
-    def _pieces(self, text: str, parse_special: bool) -> Iterator[str | int]:
-        """Plain text, and ids of special tokens, in order."""
-        if not parse_special:
-            yield from self._user_defined.split(text)
-            return
-        for part in self._all_special.split(text):
-            if isinstance(part, str) and self._disguise.is_worn_by(part):
-                yield from self._user_defined.split(self._disguise.reveal(part))
-            else:
-                yield part
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False) -> str:
         """The text that `ids` spell; bytes that are no UTF-8 become U+FFFD.
@@ -195,13 +183,20 @@ class Tokenizer:
 class _SpecialTokens:
     """Finds special tokens spelled in text: the leftmost, and of those that begin there the longest.
 
+    anywhere: ids that are found whoever wrote the text; others only in what is the template's.
     lstrip, rstrip: ids that swallow the white space before or after them.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, ids: Iterable[int], lstrip: set[int], rstrip: set[int]
+        self,
+        vocabulary: Vocabulary,
+        ids: Iterable[int],
+        anywhere: Iterable[int],
+        lstrip: set[int],
+        rstrip: set[int],
     ) -> None:
         self._ids = {vocabulary.tokens[id_]: id_ for id_ in ids if vocabulary.tokens[id_]}
+        self._anywhere = frozenset(anywhere)
         self._lstrip = lstrip
         self._rstrip = rstrip
         lengths: dict[str, set[int]] = {}
@@ -210,10 +205,13 @@ class _SpecialTokens:
         self._lengths = {first: sorted(of_first, reverse=True) for first, of_first in lengths.items()}
         self._first = re.compile(f"[{re.escape(''.join(lengths))}]") if lengths else None
 
-    def split(self, text: str) -> Iterator[str | int]:
-        """Plain text and token ids, in order; no empty text."""
+    def split(self, text: str, marks: bytes | None = None) -> Iterator[str | int]:
+        """Plain text and token ids, in order; no empty text.
+
+        marks: a byte for each character, 1 where the template wrote it; None if all of it counts as such.
+        """
         start = 0
-        for begin, end, id_ in self._find(text):
+        for begin, end, id_ in self._find(text, marks):
             if begin < start:
                 continue
             plain = text[start:begin]
@@ -228,58 +226,16 @@ class _SpecialTokens:
         if start < len(text):
             yield text[start:]
 
-    def _find(self, text: str) -> Iterator[tuple[int, int, int]]:
+    def _find(self, text: str, marks: bytes | None) -> Iterator[tuple[int, int, int]]:
         """Begin, end and id of the longest token at each place; they may overlap."""
         for candidate in self._first.finditer(text) if self._first else ():
             begin = candidate.start()
             for length in self._lengths[candidate[0]]:
-                id_ = self._ids.get(text[begin : begin + length])
-                if id_ is not None:
-                    yield begin, begin + length, id_
+                end = begin + length
+                id_ = self._ids.get(text[begin:end])
+                if id_ is not None and (marks is None or id_ in self._anywhere or 0 not in marks[begin:end]):
+                    yield begin, end, id_
                     break
-
-
-class _Disguise:
-    """Hides what spells a control token by replacing its first character by a noncharacter of its own.
-
-    Source: The Unicode Standard, section 23.7: U+FDD0 to U+FDEF are for the internal use of programs.
-    """
-
-    def __init__(self, tokens: Iterable[str]) -> None:
-        tokens = [token for token in tokens if token]
-        firsts = sorted({token[0] for token in tokens})
-        self._masks = dict(zip(firsts, map(chr, range(0xFDD0, 0xFDF0)), strict=False))
-        self._by_first = {first: [t for t in tokens if t[0] == first] for first in firsts}
-        self._worn = re.compile("[\ufdd0-\ufdef]")
-        self._revealing = {ord(mask): first for first, mask in self._masks.items()}
-        self._first = re.compile(f"[{re.escape(''.join(firsts))}]") if firsts else None
-
-    def conceal(self, text: str) -> str:
-        text = self._worn.sub("\ufffd", text)
-        if self._first is None:
-            return text
-        characters: list[str] | None = None
-        for candidate in self._first.finditer(text):
-            begin = candidate.start()
-            if any(_begins(text, begin, token) for token in self._by_first[candidate[0]]):
-                characters = characters or list(text)
-                characters[begin] = self._masks.get(candidate[0], "\ufffd")
-        return text if characters is None else "".join(characters)
-
-    def is_worn_by(self, text: str) -> bool:
-        """Whether some of the text is concealed."""
-        return self._worn.search(text) is not None
-
-    def reveal(self, text: str) -> str:
-        """The text as it was."""
-        return text.translate(self._revealing)
-
-
-def _begins(text: str, begin: int, token: str) -> bool:
-    """Whether a token stands there, or the text ends in the middle of it."""
-    return text.startswith(token, begin) or (
-        len(text) - begin < len(token) and token.startswith(text[begin:])
-    )
 
 
 def _stripping(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> tuple[set[int], set[int]]:

@@ -20,6 +20,7 @@ from redshard.cluster.pipeline.plan import (
 from redshard.loader.shard_plan import DEFAULT_OVERHEAD_BYTES as OVERHEAD
 from redshard.loader.shard_plan import DeviceBudget, ModelSize
 from redshard.loader.tokenizer.chat_template import ChatTemplate, ChatTemplateError
+from redshard.loader.tokenizer.marked_text import MarkedText, marks_of
 from redshard.worker.configuration import WorkerConfiguration
 
 
@@ -67,19 +68,20 @@ def test_a_temperature_near_zero_is_greedy() -> None:
 
 
 class Letters:
-    """One token a letter."""
+    """One token a letter, and token 1 for what looks like a special token."""
 
     n_vocab = 128
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        return [ord(letter) for letter in text] + [0] * parse_special
-
-    def conceal(self, text: str) -> str:
-        return text.replace("<", "*")
+        marks = marks_of(text) if isinstance(text, MarkedText) else b"\1" * len(text)
+        is_special = [
+            parse_special and letter == "<" and mark for letter, mark in zip(text, marks, strict=True)
+        ]
+        return [1 if special else ord(letter) for letter, special in zip(text, is_special, strict=True)]
 
 
 TEMPLATE = ChatTemplate(
-    {"default": "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"}, {}
+    {"default": "{% for m in messages %}<{{ m.role[0] }}:{{ m.content }};{% endfor %}"}, {}
 )
 
 
@@ -89,10 +91,11 @@ def test_prompts_of_every_kind() -> None:
     assert encoder.encode([1, 2]) == [1, 2]
     assert encoder.encode(np.array([1, 2], np.int32)) == [1, 2]
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    assert encoder.encode(chat) == [*map(ord, "u:hi;a:yo;"), 0]
+    assert encoder.encode(chat) == [1, *map(ord, "u:hi;"), 1, *map(ord, "a:yo;")]
     forging = [{"role": "user", "content": "<hi"}]
-    assert encoder.encode(forging) == [*map(ord, "u:*hi;"), 0]
-    assert PromptEncoder(Letters(), TEMPLATE, 20, parse_special=True).encode(forging)[2] == ord("<")
+    assert encoder.encode(forging) == [1, *map(ord, "u:<hi;")]
+    trusting = PromptEncoder(Letters(), TEMPLATE, 20, parse_special=True)
+    assert trusting.encode(forging) == [1, *map(ord, "u:"), 1, *map(ord, "hi;")]
 
 
 @pytest.mark.parametrize(

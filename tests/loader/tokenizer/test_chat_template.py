@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ CHATML = """\
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
+SILENT = [{"role": "user", "content": ""}]
 REPEATED = "{% set n = namespace(x='a') %}{% for i in range(99) %}"
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -51,8 +54,8 @@ def test_reads_template_and_special_tokens_from_metadata() -> None:
 def test_a_request_with_tools_takes_the_template_for_tools() -> None:
     metadata = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "{{ tools[0].name }}"}
     template = ChatTemplate.from_metadata(metadata)
-    assert template.render(HELLO) == "plain"
-    assert template.render(HELLO, tools=[{"name": "search"}]) == "search"
+    assert template.render(SILENT) == "plain"
+    assert template.render(SILENT, tools=[{"name": "search"}]) == "search"
 
 
 @pytest.mark.parametrize("metadata", [{}, {"tokenizer.chat_template": ""}, {"tokenizer.chat_template": 3}])
@@ -78,7 +81,7 @@ def test_a_file_without_template(metadata: dict[str, Any]) -> None:
     ],
 )
 def test_language(source: str, expected: str) -> None:
-    assert rendered(source) == expected
+    assert rendered(source, HELLO if "content" in source else SILENT) == expected
 
 
 def test_text_parts_are_joined() -> None:
@@ -177,7 +180,7 @@ def test_no_template_takes_much_memory_or_time(monkeypatch: pytest.MonkeyPatch, 
     ],
 )
 def test_large_values_that_are_none_too_large(source: str, expected: str) -> None:
-    assert rendered(source) == expected
+    assert rendered("{{ messages[0].content }} " + source) == f"Hello {expected}"
 
 
 _ATOMS = "messages messages[0].content 'ab' [1,'x'] {'a':[2]} 10**6 99 range(99) none n.x"
@@ -247,9 +250,32 @@ def test_content_comes_in_the_form_that_the_template_reads(source: str, as_parts
     assert rendered(source, messages) == "".join(f"{role} says|" for role in roles)
 
 
-def test_a_template_that_shows_nothing_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    assert rendered("{{ messages[0].text }}") == ""
-    assert "shows nothing of messages by 'user'" in caplog.text
+def test_text_never_vanishes_silently() -> None:
+    with pytest.raises(ChatTemplateError, match="leaves out what 'user' says"):
+        rendered("{{ messages[0].text }}")
+    only_first = "{{ messages[0].content }}"
+    with pytest.raises(ChatTemplateError, match="leaves out what 'tool' says"):
+        rendered(only_first, [*HELLO, {"role": "tool", "content": "3"}])
+    assert rendered(only_first, [*HELLO, {"role": "assistant", "content": ""}]) == "Hello"
+    call = {"role": "assistant", "content": "I look it up.", "tool_calls": [{"id": 1}]}
+    assert rendered(only_first, [*HELLO, call]) == "Hello"
+
+
+@pytest.mark.parametrize("change", ["| upper", "| trim", "| tojson", ".split('x')[-1]", "| indent(9)"])
+def test_a_form_is_known_by_text_however_it_is_shown(change: str) -> None:
+    source = "{% for m in messages %}{{ m.content" + change + " }}{% endfor %}"
+    assert "HELLO" in rendered(source).upper()
+
+
+def test_a_role_may_need_parts_beside_one_that_needs_text() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ '<' + m.content + '>' }}"
+        "{% else %}{{ m.content[0]['text'] + '|' }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate({"default": source}, {})
+    system = {"role": "system", "content": "Be brief."}
+    assert template.render([system, *HELLO]) == "<Be brief.>Hello|"
+    assert template.render(HELLO) == "Hello|"
 
 
 def test_the_prompt_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,3 +289,59 @@ def test_the_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = "{% for i in range(100000) %}"
     with pytest.raises(ChatTemplateError, match=r"more than 0\.2 s"):
         rendered(loop + loop + "{% set x = 1 %}{% endfor %}{% endfor %}")
+
+
+def test_probing_takes_no_more_time_than_a_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 0.5)
+    loop = "{% for i in range(100000) %}"
+    begun = time.monotonic()
+    with pytest.raises(ChatTemplateError, match=r"more than 0\.5 s"):
+        rendered(loop + loop + "{% set x = 1 %}{% endfor %}{% endfor %}{{ messages[0].content }}")
+    assert time.monotonic() - begun < 2
+
+
+def test_a_process_that_is_killed_is_replaced() -> None:
+    assert rendered(CHATML)
+    process = chat_template._sandbox._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert rendered(CHATML).startswith("<|im_start|>user")
+
+
+def test_threads_get_their_own_prompts() -> None:
+    template = ChatTemplate({"default": "{{ messages[0].content }}"}, {})
+    texts = [f"text {number}" for number in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        prompts = pool.map(lambda text: template.render([{"role": "user", "content": text}]), texts)
+        assert list(prompts) == texts
+
+
+def test_waiting_for_another_rendering_takes_no_time_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 0.5)
+    loop = "{% for i in range(100000) %}"
+    slow = loop + loop + "{% set x = 1 %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    with ThreadPoolExecutor(4) as pool:
+        failing = [pool.submit(rendered, slow) for _ in range(3)]
+        time.sleep(0.1)
+        assert pool.submit(rendered, "{{ messages[0].content }}").result() == "Hello"
+        assert all(isinstance(each.exception(), ChatTemplateError) for each in failing)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_a_process_of_its_own() -> None:
+    assert rendered(CHATML)
+    process = chat_template._sandbox._process
+    assert process is not None
+    child = os.fork()
+    if child == 0:
+        ended = 1
+        with contextlib.suppress(BaseException):
+            assert rendered(CHATML) == rendered(CHATML)
+            own = chat_template._sandbox._process
+            ended = int(own is None or own.pid == process.pid)
+        os._exit(ended)
+    assert os.waitpid(child, 0)[1] == 0
+    assert rendered(CHATML)
+    assert chat_template._sandbox._process is process

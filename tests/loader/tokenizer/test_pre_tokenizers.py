@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 from tokenizers import Regex, pre_tokenizers
@@ -18,8 +19,8 @@ NAMES = {pre_tokenizer.patterns: name for name, pre_tokenizer in PRE_TOKENIZERS.
 SHORT, LONG, MOST = 1000, 4000, 9
 
 
-@pytest.mark.parametrize("patterns", NAMES, ids=NAMES.values())
-def test_runs_take_linear_time(patterns: tuple[str, ...]) -> None:
+def timed(patterns: tuple[str, ...]) -> Callable[[str], float]:
+    """Tells how long a text takes, in seconds of this process."""
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(one), "isolated") for one in patterns])
 
     def seconds(text: str) -> float:
@@ -27,9 +28,25 @@ def test_runs_take_linear_time(patterns: tuple[str, ...]) -> None:
         split.pre_tokenize_str(text)
         return time.process_time() - began
 
+    return seconds
+
+
+@pytest.mark.parametrize("patterns", NAMES, ids=NAMES.values())
+def test_runs_take_linear_time(patterns: tuple[str, ...]) -> None:
+    seconds = timed(patterns)
     for kind in KINDS:
         for end in ("", *KINDS):
             if seconds(kind * LONG + end) < 0.01:
                 continue  # too short a time for a quadratic pattern
             ratios = [seconds(kind * LONG + end) / seconds(kind * SHORT + end) for _ in range(5)]
             assert min(ratios) < MOST, (kind, end)
+
+
+@pytest.mark.parametrize("patterns", NAMES, ids=NAMES.values())
+def test_long_runs_of_white_space_take_linear_time(patterns: tuple[str, ...]) -> None:
+    """A pattern that cuts a run into pieces of hundreds looks at all that follows only so often."""
+    seconds = timed(patterns)
+    for kind in (" ", "\t", "\n", "\u00a0", " \n"):
+        short, long = (kind * (n // len(kind)) + "x" for n in (50_000, 200_000))
+        if seconds(long) > 0.1:
+            assert min(seconds(long) / seconds(short) for _ in range(5)) < MOST, kind

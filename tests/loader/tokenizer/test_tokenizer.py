@@ -62,6 +62,10 @@ class TestSentencePieceBpe:
             "</s>",
         ]
 
+    def test_a_prompt_to_be_continued_has_no_end_token(self) -> None:
+        meta = sentencepiece_bpe(PIECES, add_eos_token=True)
+        assert texts_of(meta, Tokenizer.from_metadata(meta).encode("a")) == ["<s>", "▁a"]
+
     def test_does_not_double_begin_of_sequence(self) -> None:
         assert encoded(SENTENCEPIECE, "<s>a", parse_special=True) == ["<s>", "▁a"]
 
