@@ -1,12 +1,16 @@
 // The argument block of every operation, the same on every device: a kernel takes one of these structures, by value on a
-// GPU and by address on the CPU. worker/arguments.py declares the same fields; a test compares the two layouts.
+// GPU and by address on the CPU. worker/device/arguments.py reads constants and structures here, so they keep to lines that
+// worker/device/sources.py understands.
 //
 // A step is one forward pass over the tokens of several sequences. Graphs are recorded once and replayed, so whatever
 // changes from step to step is read from device memory through these pointers, never from the argument block itself.
 #pragma once
 #include "common/types.h"
 
-constexpr i32 PARTITION = 128;   // positions of a context that attention takes at a time, folding the results in order
+constexpr i32 QUANT_BLOCK = 32;        // elements of a block of an activation's quants
+constexpr i32 MAX_MATRICES = 3;        // of one matmul
+constexpr i32 MAX_TOP_LOGPROBS = 20;   // most probable tokens of one row
+constexpr i32 PARTITION = 128;         // positions of a context that attention takes at a time, folding the results in order
 
 // How many rows this step has. A graph may be recorded for more rows than a step uses: kernels stop at these counts.
 struct Step {
@@ -73,9 +77,9 @@ struct RmsNormArguments {
 struct MatmulArguments {
   const Step* step;
   Activation x;         // [rows, width]
-  Matrix w[3];
-  float* y[3];          // [rows, w[m].n_rows]
-  i32 n_matrices;       // 1 to 3
+  Matrix w[MAX_MATRICES];
+  float* y[MAX_MATRICES];   // [rows, w[m].n_rows]
+  i32 n_matrices;           // 1 to MAX_MATRICES
   i32 width;
   i32 accumulate;       // 0 or 1
   i32 over_outputs;     // rows = n_outputs rather than n_tokens
@@ -171,5 +175,18 @@ struct SampleArguments {
   i32* top_tokens;                  // [n_outputs, n_top]: the n_top most probable by raw logits, best first
   float* top_logprobs;              // [n_outputs, n_top]
   i32 n_vocab;
-  i32 n_top;                        // 0 to 20
+  i32 n_top;                        // 0 to MAX_TOP_LOGPROBS
+};
+
+// Copying and filling within recorded graphs, as operations of their own; the CPU device alone has them.
+struct CopyArguments {
+  void* destination;
+  const void* source;
+  i64 nbytes;
+};
+struct FillArguments {
+  void* destination;
+  i64 nbytes;
+  i32 byte;
+  i32 reserved;
 };

@@ -28,19 +28,6 @@ constexpr Kernel make_kernel(const char* name) {
           }};
 }
 
-// Copying and filling within recorded graphs, as operations of their own.
-struct CopyArguments {
-  void* destination;
-  const void* source;
-  i64 nbytes;
-};
-struct FillArguments {
-  void* destination;
-  i64 nbytes;
-  i32 byte;
-  i32 reserved;
-};
-
 // One per operation: `swiglu` in matmul.cpp, `copy` and `fill` in memory.cpp, the others in the file of their name.
 extern const Kernel set_tables_kernel, embed_kernel, rms_norm_kernel, matmul_kernel, swiglu_kernel, rope_store_kernel, attention_kernel,
     sample_kernel, copy_kernel, fill_kernel;

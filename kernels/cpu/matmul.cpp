@@ -22,7 +22,6 @@ constexpr i64 kPageBytes = 4096;
 constexpr i64 kChunksPerThread = 6;    // enough that a slow thread does not keep the others waiting for long
 constexpr i64 kMaxChunk = 64;          // strips; a chunk starts without the benefit of having read ahead
 constexpr i64 kMinVectorRows = 16;     // smaller matrices do not fill the widest register
-constexpr int kMaxMatrices = 3;
 
 const StripKernels& strip_kernels(Isa isa) {
   switch (isa) {
@@ -94,7 +93,7 @@ class Products {
  private:
   // What one thread has at hand: products, and the offsets of the last panel it met.
   struct Scratch {
-    float* out[kMaxMatrices];
+    float* out[MAX_MATRICES];
     i32* offsets;
     i64 panel = -1;
     decltype(StripKernel::prepare) prepare = nullptr;
@@ -115,7 +114,7 @@ class Products {
   Activation x_;
   i64 n_x_, width_, panel_rows_;
   const Matrix* matrices_;
-  StripKernel kernels_[kMaxMatrices];
+  StripKernel kernels_[MAX_MATRICES];
   std::vector<Scratch> scratch_;
 };
 
@@ -140,7 +139,7 @@ void check_operands(const Activation& x, const Matrix* matrices, int n_matrices,
 
 void check_matmul(const MatmulArguments& a) {
   require(a.step, "no step");
-  require(a.n_matrices >= 1 && a.n_matrices <= kMaxMatrices, "1 to 3 matrices");
+  require(a.n_matrices >= 1 && a.n_matrices <= MAX_MATRICES, "1 to 3 matrices");
   check_operands(a.x, a.w, a.n_matrices, a.width);
   for (int m = 0; m < a.n_matrices; ++m) require(a.y[m], "no output");
 }
@@ -190,8 +189,8 @@ void run_swiglu(ThreadPool& pool, Isa isa, const SwigluArguments& a) {
     const i64 first = strip * kStripRows, n = std::min(kStripRows, n_hidden - first);
     if (a.out.values) std::copy(hidden, hidden + n, a.out.values + row * n_hidden + first);
     if (a.out.quants) {
-      const i64 block = (row * n_hidden + first) / kQuantBlock;
-      quantize(isa, hidden, n, a.out.quants + block * kQuantBlock, a.out.scales + block, a.out.sums + block);
+      const i64 block = (row * n_hidden + first) / QUANT_BLOCK;
+      quantize(isa, hidden, n, a.out.quants + block * QUANT_BLOCK, a.out.scales + block, a.out.sums + block);
     }
   };
   const i64 n_units = products.n_panels() * n_strips(a.gate);

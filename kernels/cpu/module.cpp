@@ -7,7 +7,6 @@
 #include <cstring>
 #include <mutex>
 
-#include "cpu/argument_layouts.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
@@ -82,21 +81,6 @@ NB_MODULE(_cpu, module) {
         return names;
       },
       "Instruction sets that were tried and work here, slowest first.");
-  module.def(
-      "argument_layouts",
-      [] {
-        nb::dict layouts;
-        for (const StructLayout& layout : argument_layouts()) {
-          nb::list fields;
-          for (const FieldLayout& field : layout.fields) {
-            fields.append(nb::make_tuple(field.name, field.offset, field.nbytes));
-          }
-          layouts[layout.name] = fields;
-        }
-        return layouts;
-      },
-      "{structure: [(field, offset, bytes)]} of the argument blocks as the kernels see them.");
-
   module.def(
       "check", [](const std::string& kernel, const nb::bytes& arguments) { Launch(kernel, arguments); },
       nb::arg("kernel"), nb::arg("arguments"), "Raise ValueError where `launch` would, without running anything.");

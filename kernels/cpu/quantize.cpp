@@ -13,7 +13,7 @@ void check_output(const Activation& out, i64 width) {
   require(out.values || out.quants, "the output has neither values nor quants");
   if (!out.quants) return;
   require(out.scales && out.sums, "quantized output without scales or sums");
-  require(width % kQuantBlock == 0, "the width of a quantized output is not a multiple of 32");
+  require(width % QUANT_BLOCK == 0, "the width of a quantized output is not a multiple of 32");
 }
 
 }  // namespace redshard

@@ -10,15 +10,13 @@
 
 namespace redshard {
 
-constexpr i64 kQuantBlock = 32;
-
 // Quantizes n values (a multiple of 32) into n quants, n / 32 scales and n / 32 sums.
 void quantize(Isa isa, const float* values, i64 n, i8* quants, float* scales, float* sums);
 
 // Writes the quantized form of `out`'s row from its float32 `values` [width], if that form is wanted.
 inline void quantize_row(Isa isa, const float* values, i64 width, const Activation& out, i64 row) {
   if (!out.quants) return;
-  const i64 blocks = width / kQuantBlock;
+  const i64 blocks = width / QUANT_BLOCK;
   quantize(isa, values, width, out.quants + row * width, out.scales + row * blocks, out.sums + row * blocks);
 }
 

@@ -15,7 +15,6 @@ namespace redshard {
 namespace {
 
 constexpr i64 kSegment = 4096;  // logits that one task looks at
-constexpr i32 kMaxTop = 20;
 constexpr float kMinTemperature = 1e-6f;  // below, the others' weights have long vanished
 constexpr float kInfinity = INFINITY;
 
@@ -23,7 +22,7 @@ void check(const SampleArguments& a) {
   require(a.step && a.logits && a.rows && a.newest && a.tokens && a.logprobs,
           "step, logits, rows, newest, tokens and logprobs must be set");
   require(a.n_vocab > 0, "n_vocab must be positive");
-  require(a.n_top >= 0 && a.n_top <= kMaxTop, "n_top must be 0 to 20");
+  require(a.n_top >= 0 && a.n_top <= MAX_TOP_LOGPROBS, "n_top must be 0 to 20");
   require(a.n_top == 0 || (a.top_tokens && a.top_logprobs), "no room for the most probable tokens");
 }
 
@@ -33,8 +32,8 @@ struct Segment {
   i32 token;       // the first with that logit
   float weight;    // sum of exp(logit - largest)
   i32 n_top;
-  float top_logits[kMaxTop];
-  i32 top_tokens[kMaxTop];
+  float top_logits[MAX_TOP_LOGPROBS];
+  i32 top_tokens[MAX_TOP_LOGPROBS];
 };
 
 Segment examine(const VectorOps& ops, const float* logits, i64 n, i32 first_token, i64 n_top) {

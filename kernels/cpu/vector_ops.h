@@ -2,13 +2,13 @@
 // `vector_ops(isa)`; they start no threads, allocate nothing and use no library templates, whose code the linker would
 // share between instruction sets.
 #pragma once
-#include "common/types.h"
+#include "common/arguments.h"
 #include "cpu/isa.h"
 
 namespace redshard {
 
 // Attention walks the cache in partitions of this many positions, whatever the step looks like.
-constexpr i64 kPartition = 128;
+constexpr i64 kPartition = PARTITION;
 
 // Value vectors are padded to whole registers.
 constexpr i64 padded(i64 dim) { return (dim + 15) / 16 * 16; }

@@ -12,7 +12,7 @@ namespace {
 void quantize_block(const float* x, i8* quants, float* scale, float* sum) {
   // Magnitudes compare as integers the way they do as numbers, with infinity and NaN above all.
   u32 largest_bits = 0;
-  for (i64 i = 0; i < kQuantBlock; ++i) {
+  for (i64 i = 0; i < QUANT_BLOCK; ++i) {
     u32 bits;
     std::memcpy(&bits, x + i, 4);
     bits &= 0x7fffffff;
@@ -23,13 +23,13 @@ void quantize_block(const float* x, i8* quants, float* scale, float* sum) {
 
   const bool finite = largest_bits < 0x7f800000;
   if (!finite || largest < 0x1p-100f) {
-    for (i64 i = 0; i < kQuantBlock; ++i) quants[i] = 0;
+    for (i64 i = 0; i < QUANT_BLOCK; ++i) quants[i] = 0;
     *scale = *sum = finite ? 0.0f : kNan;
     return;
   }
   const float inverse = 127.0f / largest;
   i32 total = 0;
-  for (i64 i = 0; i < kQuantBlock; ++i) {
+  for (i64 i = 0; i < QUANT_BLOCK; ++i) {
     const float shifted = x[i] * inverse + 12582912.0f;  // 1.5 * 2^23: the low bits are now the rounded integer
     i32 bits;
     std::memcpy(&bits, &shifted, 4);
@@ -42,8 +42,8 @@ void quantize_block(const float* x, i8* quants, float* scale, float* sum) {
 }
 
 void quantize_blocks(const float* x, i64 n, i8* quants, float* scales, float* sums) {
-  for (i64 block = 0; block < n / kQuantBlock; ++block) {
-    quantize_block(x + block * kQuantBlock, quants + block * kQuantBlock, scales + block, sums + block);
+  for (i64 block = 0; block < n / QUANT_BLOCK; ++block) {
+    quantize_block(x + block * QUANT_BLOCK, quants + block * QUANT_BLOCK, scales + block, sums + block);
   }
 }
 

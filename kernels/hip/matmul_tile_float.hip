@@ -253,7 +253,15 @@ DEVICE inline void swiglu_tile_float(const SwigluArguments& a) {
   }
 }
 
-KERNEL(matmul_tile_float_32, TILE_THREADS)(const MatmulArguments a) { matmul_tile_float<WEIGHT_TYPE, 32, 64>(a); }
-KERNEL(matmul_tile_float_64, TILE_THREADS)(const MatmulArguments a) { matmul_tile_float<WEIGHT_TYPE, 64, 64>(a); }
-KERNEL(swiglu_tile_float_32, TILE_THREADS)(const SwigluArguments a) { swiglu_tile_float<WEIGHT_TYPE, 32, 64>(a); }
-KERNEL(swiglu_tile_float_64, TILE_THREADS)(const SwigluArguments a) { swiglu_tile_float<WEIGHT_TYPE, 64, 32>(a); }
+// For up to so many tokens: rows of weights.
+#define MATMUL_TILE_FLOAT(tokens, rows)                   \
+  KERNEL(matmul_tile_float_##tokens, TILE_THREADS)        \
+  (const MatmulArguments a) { matmul_tile_float<WEIGHT_TYPE, tokens, rows>(a); }
+#define SWIGLU_TILE_FLOAT(tokens, rows)                   \
+  KERNEL(swiglu_tile_float_##tokens, TILE_THREADS)        \
+  (const SwigluArguments a) { swiglu_tile_float<WEIGHT_TYPE, tokens, rows>(a); }
+
+MATMUL_TILE_FLOAT(32, 64)
+MATMUL_TILE_FLOAT(64, 64)
+SWIGLU_TILE_FLOAT(32, 64)
+SWIGLU_TILE_FLOAT(64, 32)

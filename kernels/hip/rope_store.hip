@@ -3,6 +3,7 @@
 #include "hip/prelude.h"
 
 constexpr i32 ROPE_THREADS = 256;
+constexpr i32 HELD = 8;   // elements of a head that a lane keeps
 
 // Element i of a head after its norm.
 DEVICE inline float normalized(const float* head, const float* weight, float scale, i32 i) {
@@ -26,7 +27,6 @@ DEVICE inline float rotated(const RopeStoreArguments& a, const float* head, cons
 // A wave a head, for all query, key and value heads of a token: grid of tokens x groups of heads. A query head is read
 // whole before it is changed in place, so it may have at most WAVE * HELD elements.
 KERNEL(rope_store, ROPE_THREADS)(const RopeStoreArguments a) {
-  constexpr i32 HELD = 8;
   wait_for_previous_launch();
   const i32 t = group_x();
   const i32 head = group_y() * (ROPE_THREADS / WAVE) + wave_index();

@@ -13,7 +13,6 @@ constexpr i32 SAMPLE_WAVES = SAMPLE_THREADS / WAVE;
 constexpr i32 HELD = 4;                  // adjustments whose raw logit a thread keeps
 constexpr i32 BINS = SAMPLE_THREADS;
 constexpr float BINS_PER_UNIT = 32.0f;   // of logits below the largest; the last bin takes all that are 32 or more below
-constexpr i32 MAX_TOP = 20;
 constexpr float MIN_TEMPERATURE = 1e-6f;
 constexpr float LARGEST_FLOAT = 3.402823466e38f;
 constexpr float INFINITE = __builtin_bit_cast(float, 0x7f800000u), NOT_A_NUMBER = __builtin_bit_cast(float, 0x7fc00000u);
@@ -35,8 +34,8 @@ struct Board {
   float raw;
   i32 newest;              // the token sampled last, if it counts and the adjustments do not list it; else -1
   i32 n_top;
-  u32 top_key[MAX_TOP];
-  i32 top_token[MAX_TOP];
+  u32 top_key[MAX_TOP_LOGPROBS];
+  i32 top_token[MAX_TOP_LOGPROBS];
 };
 
 struct Row {

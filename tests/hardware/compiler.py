@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from redshard.worker.device.kernel_images import source_root
+from redshard.worker.device.sources import source_root
 
 _OFFLOAD_OPTIONS = (
     "-x", "hip", "--cuda-device-only", "--no-gpu-bundle-output", "-nogpulib", "-nogpuinc", "-O3",

@@ -24,8 +24,9 @@ from hardware.code_object import CodeObject
 from hardware.compiler import compile_source, compiler_version, macro_options
 
 from redshard.worker.device.arguments import KERNEL_ARGUMENTS, Step
-from redshard.worker.device.kernel_images import image_key, read_image, source_root, write_image
+from redshard.worker.device.kernel_images import image_key, read_image, write_image
 from redshard.worker.device.kernel_set import Launch, launches
+from redshard.worker.device.sources import source_root
 
 #: Architectures that tests run, with the emulator's name of each.
 ARCHITECTURES = {"gfx942": "cdna", "gfx1100": "rdna3", "gfx1201": "rdna4"}

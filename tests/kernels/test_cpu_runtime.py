@@ -1,4 +1,4 @@
-"""The native module: layouts, refusals, memory, threads, recorded graphs."""
+"""The native module: refusals, memory, threads, recorded graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from support.native_ops import Guarded
 
 import redshard._cpu as _cpu
-from redshard.worker.device import arguments
 from redshard.worker.device.arguments import (
     KERNEL_ARGUMENTS,
     Activation,
@@ -20,24 +19,6 @@ from redshard.worker.device.arguments import (
     RmsNormArguments,
     Step,
 )
-
-
-def test_layouts_are_those_of_the_python_declarations() -> None:
-    native = _cpu.argument_layouts()
-    declared = {
-        name: structure
-        for name, structure in vars(arguments).items()
-        if isinstance(structure, type)
-        and issubclass(structure, ctypes.Structure)
-        and structure is not ctypes.Structure
-    }
-    assert set(native) == set(declared)
-    for name, structure in declared.items():
-        fields = [
-            (field, getattr(structure, field).offset, getattr(structure, field).size)
-            for field, _ in structure._fields_
-        ]
-        assert native[name] == fields, name
 
 
 def norm_arguments(step: Step, x: np.ndarray, weight: np.ndarray, out: Guarded) -> RmsNormArguments:

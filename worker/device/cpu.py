@@ -6,29 +6,16 @@ import ctypes
 import math
 import os
 import platform
-from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
 
 import redshard._cpu as _cpu
-from redshard.worker.device.arguments import KERNEL_ARGUMENTS
+from redshard.worker.device.arguments import KERNEL_ARGUMENTS, CopyArguments, FillArguments
 from redshard.worker.device.base import Device, DeviceError, DeviceProperties, Event, Graph, HostBuffer
 from redshard.worker.device.cgroup import available_memory, cpu_limit, memory_limit
 
 _ALIGNMENT = 4096
-
-
-class _CopyArguments(ctypes.Structure):
-    """``CopyArguments`` of kernels/cpu/kernel_table.h."""
-
-    _fields_ = [("destination", c_void_p), ("source", c_void_p), ("nbytes", c_int64)]
-
-
-class _FillArguments(ctypes.Structure):
-    """``FillArguments`` of kernels/cpu/kernel_table.h."""
-
-    _fields_ = [("destination", c_void_p), ("nbytes", c_int64), ("byte", c_int32), ("reserved", c_int32)]
 
 
 class CpuEvent(Event):
@@ -137,10 +124,10 @@ class CpuDevice(Device):
         self.copy(destination.address + offset, source, nbytes)
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
-        self._run("copy", _CopyArguments(destination, source, nbytes))
+        self._run("copy", CopyArguments(destination, source, nbytes))
 
     def fill(self, destination: int, byte: int, nbytes: int) -> None:
-        self._run("fill", _FillArguments(destination, nbytes, byte, 0))
+        self._run("fill", FillArguments(destination, nbytes, byte))
 
     def record_event(self) -> Event:
         return CpuEvent()

@@ -1,4 +1,4 @@
-"""Compiled kernels: their sources, and a cache of images on disk that many workers may share.
+"""Compiled kernels: a cache of their images on disk that many workers may share.
 
 An image depends on its source file with everything it may include, on the options, and on the compiler's
 target; the name of its file in the cache is a hash of all three. Files appear whole, by renaming, so workers
@@ -22,18 +22,6 @@ logger = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
 #: What the cache may hold; the images that were not used for the longest time go first.
 _MAX_CACHE_BYTES = 512 << 20
-
-
-def source_root() -> Path:
-    """The directory with `common` and `hip`, device code that is compiled for the GPU at hand.
-
-    Raises:
-        FileNotFoundError: the package was installed without its kernels.
-    """
-    root = Path(__file__).parents[2] / "kernels"
-    if not (root / "hip" / "prelude.h").is_file():
-        raise FileNotFoundError(f"no kernel sources in {root}; install redshard again")
-    return root
 
 
 def cache_directory() -> Path:

@@ -1,6 +1,6 @@
 """The kernels of ``kernels/hip`` for one GPU: which launches make an operation, and the functions they need.
 
-Grids and workgroups here and in the kernels belong together; the constants below name those in the sources.
+Sizes of workgroups, and what each of them computes, are read from the kernels' sources.
 """
 
 from __future__ import annotations
@@ -28,30 +28,32 @@ from redshard.worker.device.arguments import (
     SwigluArguments,
 )
 from redshard.worker.device.base import BlockRun, DeviceError
-from redshard.worker.device.kernel_images import image_key, read_image, source_root, write_image
+from redshard.worker.device.kernel_images import image_key, read_image, write_image
+from redshard.worker.device.sources import constants, declared_in, instances, source_root
 from redshard.worker.device.support import GPU_WEIGHT_TYPES
 
 #: Row counts that `matmul_vector` and `swiglu_vector` are compiled for; other counts take the tile kernels.
 #: Tiles would be faster from 8 rows on, but add up in another order: so a row of a step of up to 8 tokens
 #: gets the numbers that it gets alone.
-VECTOR_ROWS = (1, 2, 4, 8)
+VECTOR_ROWS = tuple(rows for (rows,) in instances("hip/matmul_vector.hip", "VECTOR_KERNELS"))
 #: Rows up to which launches overlap: longer ones only get in each other's way.
 _OVERLAPPING_ROWS = 64
 #: A tile that makes fewer workgroups gives way to smaller ones, which leave less of a GPU idle. Found on 132
 #: compute units; that every kernel does the same on every GPU is worth more than the last few percent.
 FULL_GRID = 96
 
-_ROW_THREADS = 1024  # rows.hip
-_TABLES_THREADS = 1024  # tables.hip
-_ROPE_THREADS, _ROPE_ELEMENTS_PER_LANE = 256, 8  # rope_store.hip
-_VECTOR_THREADS, _WEIGHT_ROWS_PER_WAVE = 128, 2  # matmul_vector.hip
-_SWIGLU_THREADS, _SWIGLU_ROWS = 256, 32
-_FLOAT_TILE_THREADS = 256  # matmul_tile_float.hip
-_ATTENTION_THREADS, _ATTENTION_VECTOR_THREADS = 128, 256  # attention.hip
-_HEADS_PER_GROUP = 4
-_MAX_SPLITS, _SPLIT_GROUPS = 8, 1024  # a context is split until there are so many workgroups
-_PLANES_THREADS, _PLANES_GROUPS = 256, 1024  # planes.hip
-_SAMPLE_THREADS = 1024  # sample.hip
+#: A context is split over workgroups until there are so many, or so many parts of it.
+_SPLIT_GROUPS, _MAX_SPLITS = 1024, 8
+_PLANES_GROUPS = 1024
+
+_ROWS = constants("hip/rows.hip")
+_TABLES = constants("hip/tables.hip")
+_ROPE_STORE = constants("hip/rope_store.hip")
+_VECTOR = constants("hip/matmul_vector.hip")
+_FLOAT_TILE = constants("hip/matmul_tile_float.hip")
+_ATTENTION = constants("hip/attention.hip")
+_PLANES = constants("hip/planes.hip")
+_SAMPLE = constants("hip/sample.hip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +71,40 @@ class Tile:
     waves: int | None = None
 
 
-#: Tiles of matmul_tile.hip and of matmul_tile_float.hip, by the rows of activations that they are for.
+def _tiles(operation: str, source: str) -> tuple[Tile, ...]:
+    """The tiles that a source has kernels for, by the rows of activations that they are for."""
+    found = instances(f"hip/{source}.hip", _tile_kernel(operation, source).upper())
+    return tuple(
+        Tile(tokens, rows, waves=split[0] * split[1] if split else None) for tokens, rows, *split in found
+    )
+
+
+def _tile_kernel(operation: str, source: str) -> str:
+    return f"{operation}_{source.removeprefix('matmul_')}"
+
+
 TILES = {
-    ("matmul", "matmul_tile"): (Tile(16, 16, 8), Tile(32, 32, 8), Tile(64, 32, 8), Tile(128, 128, 8)),
-    ("swiglu", "matmul_tile"): (Tile(16, 32, 4), Tile(32, 32, 4), Tile(64, 32, 4), Tile(128, 64, 8)),
-    ("matmul", "matmul_tile_float"): (Tile(32, 64), Tile(64, 64)),
-    ("swiglu", "matmul_tile_float"): (Tile(32, 64), Tile(64, 32)),
+    (operation, source): _tiles(operation, source)
+    for operation in ("matmul", "swiglu")
+    for source in ("matmul_tile", "matmul_tile_float")
 }
 
 _TYPES = {quant_type.ggml_id: quant_type for quant_type in GPU_WEIGHT_TYPES}
 _FLOAT_TYPES = {quant_type.ggml_id for quant_type in GPU_WEIGHT_TYPES if quant_type.block_elements == 1}
 
+
+def _fields(block: str, *names: str) -> tuple[tuple[int, int], ...]:
+    """Offset and bytes of fields of a block of kernels/common/blocks.h."""
+    structure = declared_in("common/blocks.h")(type(block, (ctypes.Structure,), {}))
+    fields = [getattr(structure, name) for name in names]
+    return tuple((field.offset, field.size) for field in fields)
+
+
 #: Fields (offset, bytes) of a block in the order of the planes that kernels/hip/formats.h reads.
 PLANES: dict[QuantType, tuple[tuple[int, int], ...]] = {
-    QuantType.Q4_0: ((2, 16), (0, 2)),
-    QuantType.Q8_0: ((2, 32), (0, 2)),
-    QuantType.Q6_K: ((0, 128), (128, 64), (192, 16), (208, 2)),
+    QuantType.Q4_0: _fields("BlockQ4_0", "qs", "d"),
+    QuantType.Q8_0: _fields("BlockQ8_0", "qs", "d"),
+    QuantType.Q6_K: _fields("BlockQ6_K", "ql", "qh", "scales", "d"),
 }
 
 
@@ -119,20 +139,14 @@ class Launch:
         return self.source, self.macros
 
 
-class SplitPlanesArguments(ctypes.Structure):
-    """``SplitPlanesArguments`` of kernels/hip/planes.hip."""
+@declared_in("hip/planes.hip")
+class PlaneField(ctypes.Structure):
+    """Bytes offset .. offset + nbytes - 1 of every block."""
 
-    _fields_ = [
-        ("blocks", ctypes.c_void_p),
-        ("planes", ctypes.c_void_p),
-        ("first_block", ctypes.c_int64),
-        ("blocks_in_all", ctypes.c_int64),
-        ("n_blocks", ctypes.c_int32),
-        ("block_bytes", ctypes.c_int32),
-        ("n_fields", ctypes.c_int32),
-        ("n_groups", ctypes.c_int32),
-        ("field", ctypes.c_int32 * 2 * 4),
-    ]
+
+@declared_in("hip/planes.hip")
+class SplitPlanesArguments(ctypes.Structure):
+    """The block of ``split_planes``."""
 
 
 def launches(operation: str, arguments: ctypes.Structure, rows: int, wave_size: int) -> list[Launch]:
@@ -148,9 +162,11 @@ def launches(operation: str, arguments: ctypes.Structure, rows: int, wave_size: 
         DeviceError: no such operation, or no kernel for such arguments.
     """
     try:
-        plan = _PLANS[operation]
+        plan = _OPERATIONS[operation]
     except KeyError:
-        raise DeviceError(f"launch of unknown kernel {operation!r}; known are {', '.join(_PLANS)}") from None
+        raise DeviceError(
+            f"launch of unknown kernel {operation!r}; known are {', '.join(_OPERATIONS)}"
+        ) from None
     if rows < 1:
         raise DeviceError(f"{operation}: a launch must cover at least 1 row, not {rows}")
     planned = list(plan(arguments, rows, wave_size))
@@ -170,12 +186,17 @@ def split_planes(run: BlockRun, blocks: int, planes: int) -> Launch:
         n_blocks=run.nbytes // block_bytes,
         block_bytes=block_bytes,
         n_fields=len(fields),
-        n_groups=min(_PLANES_GROUPS, _groups(run.nbytes // 2, _PLANES_THREADS)),
+        n_groups=min(_PLANES_GROUPS, _groups(run.nbytes // 2, _PLANES["PLANES_THREADS"])),
     )
     for i, field in enumerate(fields):
-        arguments.field[i][:] = field
+        arguments.field[i] = PlaneField(*field)
     return Launch(
-        "planes", "split_planes", (arguments.n_groups, 1, 1), _PLANES_THREADS, arguments, overlaps=False
+        "planes",
+        "split_planes",
+        (arguments.n_groups, 1, 1),
+        _PLANES["PLANES_THREADS"],
+        arguments,
+        overlaps=False,
     )
 
 
@@ -196,15 +217,15 @@ def attention_scratch_bytes(
 
 
 def _set_tables(a: SetTablesArguments, rows: int, wave_size: int) -> Iterable[Launch]:
-    yield Launch("tables", "set_tables", (1, 1, 1), _TABLES_THREADS, a)
+    yield Launch("tables", "set_tables", (1, 1, 1), _TABLES["TABLES_THREADS"], a)
 
 
 def _embed(a: EmbedArguments, rows: int, wave_size: int) -> Iterable[Launch]:
-    yield Launch("rows", "embed", (rows, 1, 1), _ROW_THREADS, a, _weight_type(a.table))
+    yield Launch("rows", "embed", (rows, 1, 1), _ROWS["ROW_THREADS"], a, _weight_type(a.table))
 
 
 def _rms_norm(a: RmsNormArguments, rows: int, wave_size: int) -> Iterable[Launch]:
-    yield Launch("rows", "rms_norm", (rows, 1, 1), _ROW_THREADS, a)
+    yield Launch("rows", "rms_norm", (rows, 1, 1), _ROWS["ROW_THREADS"], a)
 
 
 def _matmul(a: MatmulArguments, rows: int, wave_size: int) -> Iterable[Launch]:
@@ -222,9 +243,10 @@ def _matmul(a: MatmulArguments, rows: int, wave_size: int) -> Iterable[Launch]:
         macros = _weight_type(part.w[0])
         heights = [part.w[m].n_rows for m in range(part.n_matrices)]
         if rows in VECTOR_ROWS:
-            per_group = _WEIGHT_ROWS_PER_WAVE * _VECTOR_THREADS // wave_size
+            threads = _VECTOR["VECTOR_THREADS"]
+            per_group = _VECTOR["VECTOR_ROWS"] * threads // wave_size
             grid = (sum(_groups(height, per_group) for height in heights), 1, 1)
-            yield Launch("matmul_vector", f"matmul_vector_{rows}", grid, _VECTOR_THREADS, part, macros)
+            yield Launch("matmul_vector", f"matmul_vector_{rows}", grid, threads, part, macros)
         else:
             yield _tile_launch("matmul", part, part.w[0], heights, rows, wave_size)
 
@@ -236,8 +258,8 @@ def _swiglu(a: SwigluArguments, rows: int, wave_size: int) -> Iterable[Launch]:
             "GPUs have no kernel for different types"
         )
     if rows in VECTOR_ROWS:
-        grid = (_groups(a.gate.n_rows, _SWIGLU_ROWS), 1, 1)
-        yield Launch("matmul_vector", f"swiglu_vector_{rows}", grid, _SWIGLU_THREADS, a, _weight_type(a.gate))
+        grid, threads = (_groups(a.gate.n_rows, _VECTOR["SWIGLU_ROWS"]), 1, 1), _VECTOR["SWIGLU_THREADS"]
+        yield Launch("matmul_vector", f"swiglu_vector_{rows}", grid, threads, a, _weight_type(a.gate))
     else:
         yield _tile_launch("swiglu", a, a.gate, [a.gate.n_rows], rows, wave_size)
 
@@ -256,20 +278,20 @@ def _tile_launch(
     while choice > 0 and math.prod(grids[choice]) < FULL_GRID:
         choice -= 1
     tile, grid = tiles[choice], (*grids[choice], 1)
-    kernel = f"{operation}_{source.removeprefix('matmul_')}_{tile.tokens}"
-    threads = tile.waves * wave_size if tile.waves else _FLOAT_TILE_THREADS
+    kernel = f"{_tile_kernel(operation, source)}_{tile.tokens}"
+    threads = tile.waves * wave_size if tile.waves else _FLOAT_TILE["TILE_THREADS"]
     return Launch(source, kernel, grid, threads, a, macros)
 
 
 def _rope_store(a: RopeStoreArguments, rows: int, wave_size: int) -> Iterable[Launch]:
-    if a.head_dim > _ROPE_ELEMENTS_PER_LANE * wave_size:
+    most = _ROPE_STORE["HELD"] * wave_size
+    if a.head_dim > most:
         raise DeviceError(
-            f"rope_store: heads of {a.head_dim} elements are too large; "
-            f"this GPU's kernel holds {_ROPE_ELEMENTS_PER_LANE * wave_size}"
+            f"rope_store: heads of {a.head_dim} elements are too large; this GPU's kernel holds {most}"
         )
-    heads = a.n_heads + 2 * a.n_kv_heads
-    grid = (rows, _groups(heads, _ROPE_THREADS // wave_size), 1)
-    yield Launch("rope_store", "rope_store", grid, _ROPE_THREADS, a)
+    heads, threads = a.n_heads + 2 * a.n_kv_heads, _ROPE_STORE["ROPE_THREADS"]
+    grid = (rows, _groups(heads, threads // wave_size), 1)
+    yield Launch("rope_store", "rope_store", grid, threads, a)
 
 
 def _attention(a: AttentionArguments, rows: int, wave_size: int) -> Iterable[Launch]:
@@ -284,7 +306,7 @@ def _attention(a: AttentionArguments, rows: int, wave_size: int) -> Iterable[Lau
     macros = (("HEAD_DIM", a.head_dim), ("VALUE_DIM", a.value_dim), ("HEADS_PER_KV", heads_per_kv))
 
     sequences = min(rows, a.max_sequences)
-    groups = a.n_kv_heads * _groups(heads_per_kv, _HEADS_PER_GROUP)
+    groups = a.n_kv_heads * _groups(heads_per_kv, _ATTENTION["HEADS_PER_GROUP"])
     partitions = _groups(a.table_width * a.block_size, PARTITION)
     own = AttentionArguments.from_buffer_copy(a)
     own.splits = max(1, min(partitions, _MAX_SPLITS, _SPLIT_GROUPS // (sequences * groups)))
@@ -292,21 +314,22 @@ def _attention(a: AttentionArguments, rows: int, wave_size: int) -> Iterable[Lau
     def launch(kernel: str, threads: int, *grid: int) -> Launch:
         return Launch("attention", kernel, (*grid, 1, 1)[:3], threads, own, macros)  # type: ignore[arg-type]
 
-    yield launch("attention_vector", _ATTENTION_VECTOR_THREADS, sequences, groups, own.splits)
+    yield launch("attention_vector", _ATTENTION["VECTOR_THREADS"], sequences, groups, own.splits)
+    threads = _ATTENTION["ATTENTION_THREADS"]
     if rows > 1:
         # Each run of at least two queries is a sequence's, and makes one tile that may not be full.
-        queries = 16 * _ATTENTION_THREADS // wave_size
+        queries = 16 * threads // wave_size
         tiles = min(rows // 2, rows // queries + sequences)
-        yield launch("attention_tile", _ATTENTION_THREADS, tiles, a.n_heads)
-    columns = _groups(a.n_heads * a.value_dim, _ATTENTION_THREADS)
-    yield launch("attention_combine", _ATTENTION_THREADS, rows, columns)
+        yield launch("attention_tile", threads, tiles, a.n_heads)
+    columns = _groups(a.n_heads * a.value_dim, threads)
+    yield launch("attention_combine", threads, rows, columns)
 
 
 def _sample(a: SampleArguments, rows: int, wave_size: int) -> Iterable[Launch]:
-    yield Launch("sample", "sample", (rows, 1, 1), _SAMPLE_THREADS, a, overlaps=False)
+    yield Launch("sample", "sample", (rows, 1, 1), _SAMPLE["SAMPLE_THREADS"], a, overlaps=False)
 
 
-_PLANS: dict[str, Callable[..., Iterable[Launch]]] = {
+_OPERATIONS: dict[str, Callable[..., Iterable[Launch]]] = {
     "set_tables": _set_tables,
     "embed": _embed,
     "rms_norm": _rms_norm,

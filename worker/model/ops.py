@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from redshard.loader.gguf.quant_types import QuantType
 from redshard.worker.device.arguments import (
     MAX_MATRICES,
+    QUANT_BLOCK,
     Activation,
     AttentionArguments,
     EmbedArguments,
@@ -26,9 +27,6 @@ from redshard.worker.device.arguments import (
 from redshard.worker.device.base import Device
 from redshard.worker.model.sampler import SampleAddresses
 from redshard.worker.model.step_inputs import InputAddresses
-
-#: Elements of a block of an activation's quants.
-QUANT_BLOCK = 32
 
 _FLOAT_TYPES = frozenset({QuantType.F32.ggml_id, QuantType.F16.ggml_id, QuantType.BF16.ggml_id})
 

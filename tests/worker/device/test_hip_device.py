@@ -17,7 +17,7 @@ from hip import hip
 from support import standin
 
 from redshard.loader.gguf.quant_types import QuantType
-from redshard.worker.device import kernel_images, kernel_set
+from redshard.worker.device import kernel_images, kernel_set, sources
 from redshard.worker.device.arguments import EmbedArguments, Matrix, SwigluArguments
 from redshard.worker.device.base import Device, DeviceError, Graph
 from redshard.worker.device.choose import open_device
@@ -368,7 +368,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
 
 
 def test_an_image_depends_on_source_options_and_target() -> None:
-    root = kernel_images.source_root()
+    root = sources.source_root()
     keys = {
         kernel_images.image_key(root, "rows.hip", ["-DA=1"], "gfx1100"),
         kernel_images.image_key(root, "rows.hip", ["-DA=2"], "gfx1100"),
@@ -379,7 +379,7 @@ def test_an_image_depends_on_source_options_and_target() -> None:
 
 
 def test_an_image_depends_on_every_header(tmp_path: Path) -> None:
-    root, changed = kernel_images.source_root(), tmp_path / "changed"
+    root, changed = sources.source_root(), tmp_path / "changed"
     shutil.copytree(root, tmp_path / "same")
     shutil.copytree(root, changed)
     (changed / "common" / "types.h").write_text("// nothing\n")
@@ -394,7 +394,7 @@ def test_an_image_depends_on_every_header(tmp_path: Path) -> None:
 def test_what_the_compiler_says_is_in_the_error(
     open_hip: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(kernel_images.source_root(), tmp_path / "kernels")
+    shutil.copytree(sources.source_root(), tmp_path / "kernels")
     (tmp_path / "kernels" / "hip" / "rows.hip").write_text("int broken = nonsense;\n")
     monkeypatch.setattr(kernel_set, "source_root", lambda: tmp_path / "kernels")
     with pytest.raises(DeviceError, match=r"(?s)rows.hip does not compile for GPU 0 .*gfx1100.*nonsense"):

@@ -8,7 +8,7 @@ import time
 import pytest
 from support import standin
 
-from redshard.worker.device.kernel_images import source_root
+from redshard.worker.device.sources import source_root
 from redshard.worker.diagnosis.trials import (
     Check,
     GpuDiagnosis,
