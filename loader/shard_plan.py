@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from redshard.loader.gguf.gguf_file import TensorInfo
-from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.model.configuration import ModelConfig
+from redshard.loader.model.tensors import ModelTensors
 from redshard.loader.units import BYTE_UNITS, format_bytes
 
-KV_ELEMENT_BYTES = 2
 #: Memory of a device that staging buffers and the runtime itself take.
 DEFAULT_OVERHEAD_BYTES = 512 << 20
 MAX_DEVICES = 1024
@@ -47,14 +47,14 @@ class ModelSize:
         layers: weights of each layer.
         input: the token embedding; output: the final norm and the output matrix.
         shared: what input and output have in common (tied embeddings), held once if one device has both.
-        kv_per_token: keys and values of one token in one layer.
+        kv_per_token: what each layer keeps of one token in the cache.
     """
 
     layers: tuple[int, ...]
     input: int
     output: int
     shared: int
-    kv_per_token: int
+    kv_per_token: tuple[int, ...]
 
     @classmethod
     def of(cls, config: ModelConfig, tensors: ModelTensors) -> ModelSize:
@@ -65,7 +65,7 @@ class ModelSize:
             input=_nbytes(inputs.values()),
             output=_nbytes(outputs.values()),
             shared=_nbytes(info for info in outputs.values() if info in inputs.values()),
-            kv_per_token=(config.n_k + config.n_v) * KV_ELEMENT_BYTES,
+            kv_per_token=tuple(layer.cache_bytes for layer in config.layers),
         )
 
 
@@ -186,6 +186,7 @@ class _Problem:
         self.overhead_bytes = overhead_bytes
         self.n_layers = len(size.layers)
         self._weights_before = [0, *accumulate(size.layers)]
+        self._kv_before = [0, *accumulate(size.kv_per_token)]
 
     def weight_bytes(self, device: int, first: int, last: int) -> int:
         weights = self._weights_before[last] - self._weights_before[first]
@@ -193,13 +194,16 @@ class _Problem:
         weights += self.size.input * has_input + self.size.output * has_output
         return weights - self.size.shared * (has_input and has_output)
 
+    def kv_per_token(self, first: int, last: int) -> int:
+        return self._kv_before[last] - self._kv_before[first]
+
     def free_bytes(self, device: int, first: int, last: int, kv_tokens: int) -> int:
-        kv_bytes = (last - first) * self.size.kv_per_token * kv_tokens
+        kv_bytes = self.kv_per_token(first, last) * kv_tokens
         used = self.weight_bytes(device, first, last) + kv_bytes + self.overhead_bytes
         return self.devices[device].memory_bytes - used
 
     def stage(self, device: int, first: int, last: int, kv_tokens: int) -> StagePlan:
-        kv_per_token = (last - first) * self.size.kv_per_token
+        kv_per_token = self.kv_per_token(first, last)
         return StagePlan(
             device=device,
             first=first,
@@ -213,7 +217,7 @@ class _Problem:
     def load(self, device: int, first: int, last: int, kv_tokens: int) -> tuple[float, float]:
         """Time of a decode step and used part of the memory, both relative; what the plan keeps small."""
         read = self._weights_before[last] - self._weights_before[first]
-        read += (last - first) * self.size.kv_per_token * kv_tokens
+        read += self.kv_per_token(first, last) * kv_tokens
         # Of the token embedding a step reads only a few rows; of the output matrix everything.
         read += self.size.output * (device == len(self.devices) - 1)
         memory = self.devices[device].memory_bytes
@@ -252,7 +256,7 @@ class _Problem:
         size, count = self.size, len(self.devices)
         memory = sum(device.memory_bytes for device in self.devices)
         weights = sum(size.layers) + size.input + size.output - (size.shared if count == 1 else 0)
-        kv_bytes = self.n_layers * size.kv_per_token * kv_tokens
+        kv_bytes = sum(size.kv_per_token) * kv_tokens
         needed = (
             f"the model needs {format_bytes(weights)} for weights, {format_bytes(kv_bytes)} for the keys and "
             f"values of {kv_tokens:,} tokens, {format_bytes(self.overhead_bytes)} of overhead per device; "

@@ -16,11 +16,11 @@ from redshard.worker.configuration import WorkerConfiguration
 from redshard.worker.device.base import DeviceError
 from redshard.worker.device.choose import DeviceKind, open_device
 from redshard.worker.memory.packing import PoolError
-from redshard.worker.model.forward import StagePart
 from redshard.worker.model.handoff import HandoffType, Hidden, InboxOffer
 from redshard.worker.model.stage import Launched
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.model.weights import StagePart
 from redshard.worker.worker import Worker, WorkerStats
 
 #: Exit status of a process whose device failed in a step.

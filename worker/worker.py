@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from redshard.loader.gguf.gguf_file import GGUFError, GGUFFile, TensorInfo
-from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.gguf.gguf_file import GGUFError, GGUFFile
+from redshard.loader.model.architectures import read_config
+from redshard.loader.model.tensors import ModelTensors
 from redshard.loader.units import format_bytes
 from redshard.worker.configuration import WorkerConfiguration
 from redshard.worker.device.base import Device
 from redshard.worker.memory.packing import plan_packing
 from redshard.worker.memory.pool import MemoryMap, MemoryPool
 from redshard.worker.memory.upload import Progress, upload
-from redshard.worker.model.forward import StagePart, StageWeights
 from redshard.worker.model.handoff import Handoff, HandoffType, Hidden
-from redshard.worker.model.stage import Launched, Stage, cache_layout
+from redshard.worker.model.stage import Launched, Stage
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.model.weights import StagePart, StageWeights
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Worker:
             raise ValueError("this worker has loaded a model already")
         started = time.monotonic()
         with GGUFFile.open(path) as file:
-            config = ModelConfig.from_gguf(file)
+            config = read_config(file)
             tensors = ModelTensors(config, file)
             part.check(config.n_layers)
             if fingerprint is not None and file.fingerprint() != fingerprint:
@@ -120,11 +120,11 @@ class Worker:
         packing = plan_packing([(info.name, info.nbytes) for info in stored], self._configuration.pool)
         views = self._pool.allocate_weights(packing)
         upload(self._pool, stored, views, self._configuration.upload, progress)
-        weights = StageWeights(config, tensors, part, views)
+        weights = StageWeights.loaded(config, tensors, part, views)
         self._stage = Stage(
             self._pool, weights, limits, freq_factors, handoff, self._configuration.check_finite
         )
-        self._stats = self._loaded_stats(stored, weights, limits, time.monotonic() - started)
+        self._stats = self._loaded_stats(tensors, part, limits, time.monotonic() - started)
         logger.info(
             "loaded layers [%d, %d) of %s: %s of weights, %d cache blocks, in %.1f s",
             part.layers.start,
@@ -197,22 +197,21 @@ class Worker:
         return self._stage
 
     def _loaded_stats(
-        self, stored: Iterable[TensorInfo], weights: StageWeights, limits: StepLimits, load_s: float
+        self, tensors: ModelTensors, part: StagePart, limits: StepLimits, load_s: float
     ) -> WorkerStats:
-        nbytes = {info.name: info.nbytes for info in stored}
-        weight_bytes = sum(nbytes.values())
-        kv_bytes = cache_layout(weights, limits).nbytes(limits.n_kv_blocks) if weights.part.layers else 0
+        weight_bytes = sum(info.nbytes for info in part.tensors(tensors))
+        kv_bytes = self._loaded().cache_bytes
         return WorkerStats(
             device=self.device.properties.name,
             kind=self.device.kind,
-            first_layer=weights.part.layers.start,
-            end_layer=weights.part.layers.stop,
+            first_layer=part.layers.start,
+            end_layer=part.layers.stop,
             n_kv_blocks=limits.n_kv_blocks,
             block_size=limits.block_size,
             weight_bytes=weight_bytes,
             kv_bytes=kv_bytes,
             other_bytes=self._pool.memory_map().allocated_bytes - weight_bytes - kv_bytes,
-            weight_bytes_per_token=weights.bytes_per_token(),
+            weight_bytes_per_token=part.bytes_per_token(tensors),
             load_s=load_s,
             steps=0,
             tokens=0,

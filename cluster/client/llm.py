@@ -30,7 +30,9 @@ from redshard.cluster.pipeline.plan import PipelineSettings, default_step_tokens
 from redshard.cluster.pipeline.ray_session import RaySession, connect, disconnect
 from redshard.cluster.pipeline.stage_actor import StageActor
 from redshard.loader.gguf.gguf_file import GGUFFile
-from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.model.architectures import read_config
+from redshard.loader.model.configuration import ModelConfig
+from redshard.loader.model.tensors import ModelTensors
 from redshard.loader.model_path import find_model
 from redshard.loader.tokenizer.chat_template import ChatTemplate, ChatTemplateError
 from redshard.loader.tokenizer.tokenizer import Tokenizer
@@ -302,7 +304,7 @@ def _open(
     try:
         path = find_model(model)
         with GGUFFile.open(path) as file:
-            config = ModelConfig.from_gguf(file)
+            config = read_config(file)
             check_device_support(config, ModelTensors(config, file), file.tensors.values(), device)
             tokenizer = Tokenizer.from_metadata(file.metadata)
             return path, config, tokenizer, _chat_template(file)

@@ -26,7 +26,7 @@ from redshard.cluster.commands.options import (
 from redshard.cluster.engine.sampling_params import SamplingParams
 from redshard.cluster.errors import ParameterError
 from redshard.loader.gguf.gguf_file import GGUFFile
-from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.model.architectures import read_config
 from redshard.loader.model_path import find_model
 from redshard.loader.units import format_bytes
 from redshard.worker.device.bandwidth import host_read_bandwidth
@@ -116,7 +116,7 @@ def bench(
 def _longest_prompt(model: str) -> int:
     """Tokens that fit into the model's context beside one token more."""
     with GGUFFile.open(find_model(model)) as file:
-        return ModelConfig.from_gguf(file).context_length - 1
+        return read_config(file).context_length - 1
 
 
 def measure(loaded: Loaded, n_prompt: int, n_tokens: int, n_sequences: int, rounds: int) -> Report:

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from redshard.cluster.commands.options import JsonOption, ModelArgument
 from redshard.loader.gguf.gguf_file import GGUFFile
-from redshard.loader.model.model_config import ModelConfig, UnsupportedModelError
+from redshard.loader.model.architectures import read_config
+from redshard.loader.model.configuration import UnsupportedModelError
 from redshard.loader.model_path import find_model
 from redshard.loader.units import format_bytes, format_count
 
@@ -61,11 +62,25 @@ def _hyperparameters(file: GGUFFile) -> dict[str, Any]:
     if not file.tensors:
         return {"unavailable": "the file holds no tensors"}
     try:
-        config = ModelConfig.from_gguf(file)
+        config = read_config(file)
     except UnsupportedModelError as error:
         return {"unavailable": str(error)}
-    values = config.model_dump(exclude={"name", "architecture", "rope"})
-    return values | {f"rope_{key}": value for key, value in config.rope.model_dump().items()}
+    values = {"n_layers": config.n_layers} | config.model_dump(exclude={"name", "architecture", "layers"})
+    bodies = [_flat(branch.body.model_dump()) for layer in config.layers for branch in layer.branches]
+    for key in dict.fromkeys(key for body in bodies for key in body):
+        by_layer = [body[key] for body in bodies if key in body]
+        values[key] = by_layer[0] if len(set(by_layer)) == 1 else by_layer
+    return values
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, those within another under both names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            {f"{key}_{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+        )
+    return flat
 
 
 def _tokenizer(file: GGUFFile) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from redshard.cluster.commands.options import ContextOption, JsonOption, ModelAr
 from redshard.cluster.errors import ParameterError
 from redshard.cluster.pipeline.plan import PipelineSettings, default_step_tokens, overhead_bytes
 from redshard.loader.gguf.gguf_file import GGUFFile
-from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.model.architectures import read_config
+from redshard.loader.model.configuration import ModelConfig
+from redshard.loader.model.tensors import ModelTensors
 from redshard.loader.model_path import find_model
 from redshard.loader.shard_plan import ModelSize, ShardPlan, parse_gpus, plan_shards
 from redshard.worker.configuration import WorkerConfiguration
@@ -32,7 +34,7 @@ def plan(
     """Show which layers, bytes and cached tokens would go to which GPU, and what would not fit."""
     devices = parse_gpus(gpus)
     with GGUFFile.open(find_model(model)) as file:
-        config = ModelConfig.from_gguf(file)
+        config = read_config(file)
         size = ModelSize.of(config, ModelTensors(config, file))
     context = context or config.default_context
     if context > config.context_length:

@@ -21,7 +21,9 @@ from redshard.cluster.pipeline.plan import (
 from redshard.cluster.pipeline.stage_actor import DeviceReport, StageActor
 from redshard.cluster.pipeline.workers import LoadOrder, WorkerGroup
 from redshard.loader.gguf.gguf_file import GGUFFile, TensorInfo
-from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.model.architectures import read_config
+from redshard.loader.model.configuration import ModelConfig
+from redshard.loader.model.tensors import ModelTensors
 from redshard.loader.shard_plan import DeviceBudget, ModelSize
 from redshard.loader.tokenizer.tokenizer import Tokenizer
 from redshard.worker.device.choose import DeviceKind
@@ -119,7 +121,7 @@ class Coordinator:
     def _start(self, settings: PipelineSettings) -> PipelineInfo:
         try:
             with GGUFFile.open(settings.path) as file:
-                config = ModelConfig.from_gguf(file)
+                config = read_config(file)
                 tensors = ModelTensors(config, file)
                 size = ModelSize.of(config, tensors)
                 tokenizer = Tokenizer.from_metadata(file.metadata)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from redshard.cluster.errors import ModelError
-from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.model.configuration import ModelConfig
 from redshard.loader.shard_plan import (
     DEFAULT_OVERHEAD_BYTES,
     DeviceBudget,
@@ -18,10 +18,10 @@ from redshard.loader.shard_plan import (
 from redshard.worker.configuration import WorkerConfiguration
 from redshard.worker.device.choose import DeviceKind
 from redshard.worker.memory.kv_cache import DEFAULT_BLOCK_SIZE
-from redshard.worker.model.forward import StagePart
 from redshard.worker.model.handoff import HandoffType
 from redshard.worker.model.step_inputs import StepLimits
 from redshard.worker.model.step_memory import step_bytes
+from redshard.worker.model.weights import StagePart
 
 #: Rows of one step whose logits are wanted, at least; a request for logits gets that many at once.
 MIN_STEP_OUTPUTS = 64

@@ -22,10 +22,10 @@ from redshard.worker.configuration import WorkerConfiguration
 from redshard.worker.device.base import DeviceError
 from redshard.worker.device.choose import DeviceKind
 from redshard.worker.memory.packing import PoolError
-from redshard.worker.model.forward import StagePart
 from redshard.worker.model.handoff import HandoffType
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.model.weights import StagePart
 from redshard.worker.worker import WorkerStats
 
 logger = logging.getLogger(__name__)

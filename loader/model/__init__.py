@@ -1,1 +1,1 @@
-"""What a model is made of: hyperparameters, tensors by role, rotary tables."""
+"""What a model is made of: layers as data, tensors by role, cache groups, rotary tables."""

@@ -10,9 +10,14 @@ import math
 
 import numpy as np
 
-from redshard.loader.model.model_config import RopeConfig
+from redshard.loader.model.configuration import RopeConfig
 
 _POSITIONS_AT_ONCE = 4096
+
+
+def rotary_bytes(rope: RopeConfig, n_positions: int) -> int:
+    """Bytes of a table of so many positions."""
+    return 4 * rope.n_rot * n_positions
 
 
 def rotary_table(rope: RopeConfig, n_positions: int, freq_factors: np.ndarray | None = None) -> np.ndarray:

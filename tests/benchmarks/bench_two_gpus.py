@@ -30,10 +30,11 @@ from support.stage_chain import Chain  # noqa: E402
 from support.stage_process import connect  # noqa: E402
 
 from redshard.loader.gguf.gguf_file import GGUFFile  # noqa: E402
-from redshard.loader.model.model_config import ModelConfig  # noqa: E402
-from redshard.worker.model.forward import StagePart  # noqa: E402
+from redshard.loader.model.architectures import read_config  # noqa: E402
+from redshard.loader.model.configuration import ModelConfig  # noqa: E402
 from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, TABLE_ENTRY_DTYPE, StepBatch  # noqa: E402
 from redshard.worker.model.step_inputs import StepLimits  # noqa: E402
+from redshard.worker.model.weights import StagePart  # noqa: E402
 
 BLOCK = 32
 MICRO_BATCHES = (1, 2, 4)
@@ -343,7 +344,7 @@ def parse() -> tuple[Bench, list[str]]:
     parser.add_argument("--seconds", type=float, default=85, help="after which nothing more is tried")
     options = parser.parse_args()
     with GGUFFile.open(options.model) as file:
-        config = ModelConfig.from_gguf(file)
+        config = read_config(file)
     n_sequences = max(len(PROMPTS), max(MICRO_BATCHES) * options.sequences)
     bench = Bench(
         model=options.model,

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from redshard.loader.gguf.gguf_file import GGUFFile
-from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.model.architectures import read_config
 from redshard.worker.device.base import Device
 from redshard.worker.device.choose import open_device
-from redshard.worker.model.forward import StagePart
 from redshard.worker.model.step_batch import SAMPLING_ROW_DTYPE, TABLE_ENTRY_DTYPE, StepBatch
 from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.model.weights import StagePart
 from redshard.worker.worker import Worker
 
 BLOCK = 32
@@ -32,7 +32,7 @@ class Bench:
 
     def __init__(self, path: Path, device: Device, max_sequences: int, context: int, prompt: int) -> None:
         with GGUFFile.open(path) as file:
-            self.config = ModelConfig.from_gguf(file)
+            self.config = read_config(file)
         self.blocks_each = -(-context // BLOCK)
         limits = StepLimits(
             max_tokens=max(prompt, max_sequences),

@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)
 from support.gguf_models import TypeChooser, large_vocabulary, tiny_config, write_model  # noqa: E402
 
 from redshard.loader.gguf.quant_types import QuantType  # noqa: E402
-from redshard.loader.model.model_config import ModelConfig  # noqa: E402
+from redshard.loader.model.configuration import ModelConfig  # noqa: E402
 
 _CHATML = (
     "{% for message in messages %}"
@@ -148,7 +148,7 @@ def make_model(shape_name: str, file_type: str, path: Path, seed: int = 0) -> No
     config = tiny_config(
         **shape, value_dim=shape["head_dim"], name=f"{shape_name} random", norm_eps=eps, rope={"base": base}
     )
-    factors = llama3_freq_factors(config.rope.n_rot, base, **scaling) if scaling else None
+    factors = llama3_freq_factors(shape["head_dim"], base, **scaling) if scaling else None
     names = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
     names += [f"<|reserved_{i}|>" for i in range(256 - len(names))]
     pre = "llama-bpe" if config.architecture == "llama" else "qwen2"

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 import redshard.loader
 from redshard.loader.gguf.gguf_file import GGUFFile
-from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.model.architectures import read_config
 from redshard.loader.tokenizer.tokenizer import Tokenizer
 
 SHIPPED_FILE = Path(redshard.loader.__file__).parent / "models" / "demo.gguf"
@@ -34,11 +34,12 @@ def _random_weights() -> dict[str, np.ndarray]:
 def test_the_shipped_file_is_small_and_what_it_says() -> None:
     assert SHIPPED_FILE.stat().st_size <= 10 * 2**20
     with GGUFFile.open(SHIPPED_FILE) as file:
-        config = ModelConfig.from_gguf(file)
+        config = read_config(file)
         assert config.architecture == "qwen3"
         assert config.context_length >= 1024
         assert 2000 <= config.n_vocab <= 4000
-        assert config.n_kv_heads < config.n_heads
+        (attention,) = config.layers[0].attention
+        assert attention.n_kv_heads < attention.n_heads
 
 
 def test_the_shipped_vocabulary_encodes_like_the_trained_one() -> None:
@@ -78,7 +79,7 @@ def test_exported_weights_come_back(
     path = tmp_path / "model.gguf"
     write_gguf(weights, path, file_type)
     with GGUFFile.open(path) as file:
-        assert ModelConfig.from_gguf(file).n_layers == SHIPPED.layers
+        assert read_config(file).n_layers == SHIPPED.layers
         assert set(file.tensors) == set(weights)
         for name in ("token_embd.weight", "blk.3.attn_q.weight", "blk.9.ffn_down.weight"):
             data = file.tensor_bytes(name)

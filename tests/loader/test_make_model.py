@@ -13,7 +13,8 @@ from support.gguf_models import random_blocks, tiny_config
 
 from redshard.loader.gguf.gguf_file import GGUFFile
 from redshard.loader.gguf.quant_types import QuantType
-from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.model.architectures import read_config
+from redshard.loader.model.tensors import ModelTensors
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_small_model_is_sound(tmp_path: Path, file_type: str) -> None:
     path = tmp_path / "small.gguf"
     make_model("small", file_type, path, seed=1)
     with GGUFFile.open(path) as file:
-        config = ModelConfig.from_gguf(file)
+        config = read_config(file)
         ModelTensors(config, file)
         shape = SHAPES["small"]
         assert (config.n_layers, config.n_embd, config.n_vocab) == (8, shape["n_embd"], shape["n_vocab"])

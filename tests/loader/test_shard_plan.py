@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.gguf_models import tiny_config, write_model
 
 from redshard.loader.gguf.gguf_file import GGUFFile
-from redshard.loader.model.model_config import ModelTensors
+from redshard.loader.model.tensors import ModelTensors
 from redshard.loader.shard_plan import DeviceBudget, ModelSize, PlanError, ShardPlan, parse_gpus, plan_shards
 from redshard.loader.units import format_bytes
 
@@ -20,14 +20,14 @@ GIB = 1 << 30
 
 
 def even_model(n_layers: int = 32, layer: int = 100, ends: int = 0) -> ModelSize:
-    return ModelSize((layer,) * n_layers, input=ends, output=ends, shared=0, kv_per_token=4)
+    return ModelSize((layer,) * n_layers, input=ends, output=ends, shared=0, kv_per_token=(4,) * n_layers)
 
 
 def stage_bytes(
     size: ModelSize, first: int, last: int, kv_tokens: int, overhead: int, ends: tuple[bool, bool]
 ) -> int:
     """Bytes of layers [first, last); `ends`: whether the stage is the first, whether it is the last."""
-    total = sum(size.layers[first:last]) + (last - first) * size.kv_per_token * kv_tokens + overhead
+    total = sum(size.layers[first:last]) + sum(size.kv_per_token[first:last]) * kv_tokens + overhead
     total += size.input * ends[0] + size.output * ends[1]
     return total - size.shared * all(ends)
 
@@ -40,7 +40,7 @@ def slowest_step(size: ModelSize, devices: list[DeviceBudget], bounds: list[int]
     times = []
     stages = zip(devices, itertools.pairwise(bounds), ends_of(len(devices)), strict=True)
     for device, (first, last), (_, is_last) in stages:
-        read = sum(size.layers[first:last]) + (last - first) * size.kv_per_token * kv_tokens
+        read = sum(size.layers[first:last]) + sum(size.kv_per_token[first:last]) * kv_tokens
         read += size.output * is_last
         times.append(read / device.memory_bytes)
     return max(times)
@@ -60,7 +60,7 @@ def check_plan(
         assert stage.free_bytes == device.memory_bytes - used >= 0
         assert stage.weight_bytes + stage.kv_bytes + overhead == used
         if stage.kv_tokens is None:
-            assert stage.first == stage.last
+            assert not sum(size.kv_per_token[stage.first : stage.last])
             continue
         assert stage.kv_tokens >= kv_tokens
         # One token more than it says does not fit.
@@ -78,7 +78,7 @@ def problems(draw: st.DrawFn) -> tuple[ModelSize, list[DeviceBudget], int, int]:
         input=draw(st.integers(0, 60)),
         output=output,
         shared=draw(st.integers(0, output)),
-        kv_per_token=draw(st.integers(1, 4)),
+        kv_per_token=tuple(draw(st.lists(st.integers(0, 4), min_size=len(layers), max_size=len(layers)))),
     )
     budgets = st.builds(DeviceBudget, st.integers(1, 300))
     devices = draw(st.lists(budgets, min_size=1, max_size=min(4, len(layers) + 2)))
@@ -148,7 +148,7 @@ def test_a_small_device_gets_less() -> None:
 
 
 def test_tied_embedding_is_held_once_on_one_device_and_twice_on_two() -> None:
-    size = ModelSize((10, 10), input=1000, output=1001, shared=1000, kv_per_token=1)
+    size = ModelSize((10, 10), input=1000, output=1001, shared=1000, kv_per_token=(1, 1))
     assert plan_shards(size, [DeviceBudget(2000)], 0, 0).stages[0].weight_bytes == 1021
     assert [s.weight_bytes for s in plan_shards(size, [DeviceBudget(2000)] * 2, 0, 0).stages] == [1020, 1001]
 
@@ -202,4 +202,4 @@ def test_sizes_come_from_the_file(tmp_path: Path, tied: bool) -> None:
         total = sum(info.nbytes for info in file.tensors.values())
     assert sum(size.layers) + size.input + size.output - size.shared == total
     assert size.shared == (size.input if tied else 0)
-    assert size.kv_per_token == config.n_kv_heads * (config.head_dim + config.value_dim) * 2
+    assert size.kv_per_token == (2 * (32 + 32) * 2,) * 2

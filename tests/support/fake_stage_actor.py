@@ -12,10 +12,10 @@ from support.fake_worker import FakeStage
 from redshard.cluster.pipeline.stage_actor import DeviceReport, StageActor, place_name
 from redshard.worker.configuration import WorkerConfiguration
 from redshard.worker.device.choose import DeviceKind
-from redshard.worker.model.forward import StagePart
 from redshard.worker.model.handoff import HandoffType
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.model.weights import StagePart
 
 
 class FakeStageActor(StageActor):

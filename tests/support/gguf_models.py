@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,16 @@ import gguf
 import numpy as np
 
 from redshard.loader.gguf.quant_types import QuantType
-from redshard.loader.model.model_config import ARCHITECTURES, ModelConfig, RopeConfig
+from redshard.loader.model.configuration import (
+    AttentionConfig,
+    Branch,
+    FeedForwardConfig,
+    LayerConfig,
+    ModelConfig,
+    RopeConfig,
+)
+
+_ALWAYS_BIASED = {"llama": (), "qwen2": ("attn_q", "attn_k", "attn_v"), "qwen3": ()}
 
 #: A tensor's name and numpy shape -> the type to store it in. Vectors are always F32.
 TypeChooser = Callable[[str, tuple[int, ...]], QuantType]
@@ -99,13 +108,19 @@ def large_vocabulary(n_tokens: int, special: Sequence[str], seed: int = 0, **oth
 
 
 def tiny_config(architecture: str = "llama", **changes: Any) -> ModelConfig:
-    """A model of two small layers; changes to the rotary embedding are given as ``rope=dict(...)``."""
-    head_dim = changes.get("head_dim", 32)
-    n_heads = changes.get("n_heads", 4)
-    context_length = changes.get("context_length", 512)
-    qk_norm = "attn_q_norm" in ARCHITECTURES[architecture].layer_roles
+    """A model of two small layers; changes to the rotary embedding are given as ``rope=dict(...)``.
+
+    ``n_heads``, ``n_kv_heads`` and ``n_ff`` may be given for each layer.
+    """
+    n_layers = changes.pop("n_layers", 2)
+    n_heads = _by_layer(changes.pop("n_heads", 4), n_layers)
+    n_kv_heads = _by_layer(changes.pop("n_kv_heads", [n // 2 for n in n_heads]), n_layers)
+    widths = _by_layer(changes.pop("n_ff", 256), n_layers)
+    head_dim = changes.pop("head_dim", 32)
+    value_dim = changes.pop("value_dim", head_dim)
+    context_length = changes.pop("context_length", 512)
     rope = {
-        "style": ARCHITECTURES[architecture].rope_style,
+        "style": "norm" if architecture == "llama" else "neox",
         "n_rot": head_dim,
         "base": 10000.0,
         "scaling": "none",
@@ -114,25 +129,48 @@ def tiny_config(architecture: str = "llama", **changes: Any) -> ModelConfig:
         "attention_factor": 1.0,
         **changes.pop("rope", {}),
     }
+    layers = []
+    for heads, kv_heads, n_ff in zip(n_heads, n_kv_heads, widths, strict=True):
+        attention = AttentionConfig(
+            n_heads=heads,
+            n_kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            scale=head_dim**-0.5,
+            qk_norm=architecture == "qwen3",
+            rope=RopeConfig(**rope),
+        )
+        feed_forward = FeedForwardConfig(n_ff=n_ff)
+        branches = Branch(norm="attn_norm", body=attention), Branch(norm="ffn_norm", body=feed_forward)
+        layers.append(LayerConfig(branches=branches))
     values = {
         "architecture": architecture,
         "name": f"tiny {architecture}",
-        "n_layers": 2,
-        "n_embd": n_heads * head_dim,
-        "n_heads": n_heads,
-        "n_kv_heads": n_heads // 2,
-        "head_dim": head_dim,
-        "value_dim": head_dim,
-        "n_ff": 256,
+        "n_embd": n_heads[0] * head_dim,
         "n_vocab": len(TINY_VOCABULARY.tokens),
         "context_length": context_length,
         "norm_eps": float(np.float32(1e-5)),
-        "rope": RopeConfig(**rope),
-        "qk_norm": qk_norm,
-        "qkv_bias": architecture == "qwen2",
         "tied_embeddings": False,
+        "layers": tuple(layers),
     }
     return ModelConfig(**{**values, **changes})
+
+
+def attention_of(config: ModelConfig, layer: int = 0) -> AttentionConfig:
+    """How a layer attends."""
+    (attention,) = config.layers[layer].attention
+    return attention
+
+
+def feed_forward_of(config: ModelConfig, layer: int = 0) -> FeedForwardConfig:
+    """A layer's feed-forward."""
+    bodies = [branch.body for branch in config.layers[layer].branches]
+    (body,) = (body for body in bodies if isinstance(body, FeedForwardConfig))
+    return body
+
+
+def _by_layer(value: int | Sequence[int], n_layers: int) -> Sequence[int]:
+    return [value] * n_layers if isinstance(value, int) else value
 
 
 def write_model(
@@ -151,13 +189,14 @@ def write_model(
 
     Args:
         path: the file; with `tensors_per_file`, the name of the split set without its ``-00001-of-000NN``.
-        config: what to write; `ModelConfig.from_gguf` reads the same back.
+        config: what to write; `read_config` reads the same back.
         types: one type for all matrices, or one chosen for each.
         seed: of the weights; the same seed and arguments give the same file.
         vocabulary: of n_vocab tokens.
         freq_factors: (n_rot / 2,), written as ``rope_freqs``.
         metadata: keys to add or to replace; None removes a key.
-        biases: names of matrices, such as ``ffn_up``, that get a bias besides the query, key and value.
+        biases: names of matrices, such as ``ffn_up``, that get a bias; those of query, key and value of a
+            qwen2 model have one anyway.
         tensors_per_file: of a split set; 0 writes one file.
 
     Returns:
@@ -166,12 +205,12 @@ def write_model(
     choose = types if callable(types) else lambda name, shape: types
     shapes = dict(_tensor_shapes(config))
     for name, shape in list(shapes.items()):
-        if name.removesuffix(".weight").rpartition(".")[2] in biases:
+        if name.removesuffix(".weight").rpartition(".")[2] in {*biases, *_ALWAYS_BIASED[config.architecture]}:
             shapes[name.replace(".weight", ".bias")] = shape[:1]
     if config.tied_embeddings and "output" in biases:
         shapes["output.bias"] = (config.n_vocab,)
     if freq_factors is not None:
-        shapes["rope_freqs.weight"] = (config.rope.n_rot // 2,)
+        shapes["rope_freqs.weight"] = freq_factors.shape
     chosen = {
         name: choose(name, shape) if len(shape) == 2 else QuantType.F32 for name, shape in shapes.items()
     }
@@ -252,23 +291,25 @@ def _random_tensor(
 
 
 def _tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    embd, ff = config.n_embd, config.n_ff
-    q, k, v = config.n_q, config.n_k, config.n_v
+    embd = config.n_embd
     yield "token_embd.weight", (config.n_vocab, embd)
     yield "output_norm.weight", (embd,)
     if not config.tied_embeddings:
         yield "output.weight", (config.n_vocab, embd)
     for layer in range(config.n_layers):
-        prefix = f"blk.{layer}."
+        prefix, attention, ff = (
+            f"blk.{layer}.",
+            attention_of(config, layer),
+            feed_forward_of(config, layer).n_ff,
+        )
         yield prefix + "attn_norm.weight", (embd,)
-        for name, rows in (("attn_q", q), ("attn_k", k), ("attn_v", v)):
-            yield f"{prefix}{name}.weight", (rows, embd)
-            if config.qkv_bias:
-                yield f"{prefix}{name}.bias", (rows,)
-        if config.qk_norm:
-            yield prefix + "attn_q_norm.weight", (config.head_dim,)
-            yield prefix + "attn_k_norm.weight", (config.head_dim,)
-        yield prefix + "attn_output.weight", (embd, config.n_attn)
+        yield prefix + "attn_q.weight", (attention.n_heads * attention.head_dim, embd)
+        yield prefix + "attn_k.weight", (attention.n_kv_heads * attention.head_dim, embd)
+        yield prefix + "attn_v.weight", (attention.n_kv_heads * attention.value_dim, embd)
+        if attention.qk_norm:
+            yield prefix + "attn_q_norm.weight", (attention.head_dim,)
+            yield prefix + "attn_k_norm.weight", (attention.head_dim,)
+        yield prefix + "attn_output.weight", (embd, attention.n_heads * attention.value_dim)
         yield prefix + "ffn_norm.weight", (embd,)
         yield prefix + "ffn_gate.weight", (ff, embd)
         yield prefix + "ffn_up.weight", (ff, embd)
@@ -278,7 +319,8 @@ def _tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]
 def _metadata(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     if len(vocabulary.tokens) != config.n_vocab:
         raise ValueError(f"{config.n_vocab} rows of embeddings for {len(vocabulary.tokens)} tokens")
-    rope = config.rope
+    attention = [attention_of(config, layer) for layer in range(config.n_layers)]
+    rope = attention[0].rope
     scaling = {
         "rope.scaling.type": rope.scaling,
         "rope.scaling.factor": rope.factor,
@@ -289,11 +331,11 @@ def _metadata(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
         "context_length": config.context_length,
         "embedding_length": config.n_embd,
         "block_count": config.n_layers,
-        "feed_forward_length": config.n_ff,
-        "attention.head_count": config.n_heads,
-        "attention.head_count_kv": config.n_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.value_dim,
+        "feed_forward_length": _one_or_all(feed_forward_of(config, i).n_ff for i in range(config.n_layers)),
+        "attention.head_count": _one_or_all(layer.n_heads for layer in attention),
+        "attention.head_count_kv": _one_or_all(layer.n_kv_heads for layer in attention),
+        "attention.key_length": attention[0].head_dim,
+        "attention.value_length": attention[0].value_dim,
         "attention.layer_norm_rms_epsilon": config.norm_eps,
         "rope.dimension_count": rope.n_rot,
         "rope.freq_base": rope.base,
@@ -312,6 +354,12 @@ def _metadata(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": vocabulary.chat_template,
     }
+
+
+def _one_or_all(values: Iterable[int]) -> int | list[int]:
+    """A value by layer, as files give it."""
+    by_layer = list(values)
+    return by_layer[0] if len(set(by_layer)) == 1 else by_layer
 
 
 def _value_type(value: Any) -> gguf.GGUFValueType:

@@ -30,11 +30,13 @@ class ReferenceModel:
             tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
             for tensor in reader.tensors
         }
-        self.n_heads = self._key("attention.head_count")
-        self.n_kv_heads = self._key("attention.head_count_kv", self.n_heads)
+        n_layers = self._key("block_count")
+        # One number for all layers, or one for each.
+        self.n_heads = np.broadcast_to(self._key("attention.head_count"), n_layers)
+        self.n_kv_heads = np.broadcast_to(self._key("attention.head_count_kv", self.n_heads), n_layers)
         n_embd = self._key("embedding_length")
-        self.head_dim = self._key("attention.key_length", n_embd // self.n_heads)
-        self.value_dim = self._key("attention.value_length", n_embd // self.n_heads)
+        self.head_dim = self._key("attention.key_length", n_embd // self.n_heads[0])
+        self.value_dim = self._key("attention.value_length", n_embd // self.n_heads[0])
         self.n_rot = self._key("rope.dimension_count", self.head_dim)
         self.eps = self._key("attention.layer_norm_rms_epsilon")
 
@@ -50,17 +52,17 @@ class ReferenceModel:
         return self._linear(output, x)
 
     def _attention(self, layer: int, x: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> np.ndarray:
-        n = len(x)
+        n, n_heads, n_kv_heads = len(x), self.n_heads[layer], self.n_kv_heads[layer]
         h = _rms_norm(x, self._weights[f"blk.{layer}.attn_norm.weight"], self.eps)
-        q = self._linear(f"blk.{layer}.attn_q", h).reshape(n, self.n_heads, self.head_dim)
-        k = self._linear(f"blk.{layer}.attn_k", h).reshape(n, self.n_kv_heads, self.head_dim)
-        v = self._linear(f"blk.{layer}.attn_v", h).reshape(n, self.n_kv_heads, self.value_dim)
+        q = self._linear(f"blk.{layer}.attn_q", h).reshape(n, n_heads, self.head_dim)
+        k = self._linear(f"blk.{layer}.attn_k", h).reshape(n, n_kv_heads, self.head_dim)
+        v = self._linear(f"blk.{layer}.attn_v", h).reshape(n, n_kv_heads, self.value_dim)
         if f"blk.{layer}.attn_q_norm.weight" in self._weights:
             q = _rms_norm(q, self._weights[f"blk.{layer}.attn_q_norm.weight"], self.eps)
             k = _rms_norm(k, self._weights[f"blk.{layer}.attn_k_norm.weight"], self.eps)
         q, k = self._rotate(q, cosine, sine), self._rotate(k, cosine, sine)
         k, v = (values.astype(self._cache_dtype).astype(np.float64) for values in (k, v))
-        group = self.n_heads // self.n_kv_heads
+        group = n_heads // n_kv_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(self.head_dim)
         scores = np.where(np.tri(n, dtype=bool), scores, -np.inf)

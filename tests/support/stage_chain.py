@@ -18,9 +18,9 @@ from redshard.cluster.pipeline.wire import decode_hidden, decode_result, encode_
 from redshard.worker.configuration import Deadlines, WorkerConfiguration
 from redshard.worker.device.base import DeviceError
 from redshard.worker.device.gpu import GpuDevice
-from redshard.worker.model.forward import StagePart
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.model.weights import StagePart
 
 CONFIGURATION = WorkerConfiguration(deadlines=Deadlines(allocate_s=20, copy_s=20, step_s=20))
 

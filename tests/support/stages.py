@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from redshard.loader.gguf.gguf_file import GGUFFile
-from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.model.architectures import read_config
 from redshard.worker.device.base import Device
 from redshard.worker.device.choose import open_device
-from redshard.worker.model.forward import StagePart
 from redshard.worker.model.step_batch import TABLE_ENTRY_DTYPE, StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
+from redshard.worker.model.weights import StagePart
 from redshard.worker.worker import Worker
 
 LIMITS = StepLimits(
@@ -44,7 +44,7 @@ class Pipeline:
         seed: int = 0,
     ) -> None:
         with GGUFFile.open(path) as file:
-            n_layers = ModelConfig.from_gguf(file).n_layers
+            n_layers = read_config(file).n_layers
         parts = split(n_layers, n_stages)
         self.limits = limits
         devices = devices or [open_device("cpu", 2) for _ in (parts if workers is None else ())]

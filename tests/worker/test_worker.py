@@ -22,10 +22,10 @@ from redshard.worker.device.base import DeviceError
 from redshard.worker.device.choose import open_device
 from redshard.worker.gpu_worker import GpuWorker
 from redshard.worker.memory.packing import PoolError
-from redshard.worker.model.forward import StagePart
 from redshard.worker.model.step_batch import TABLE_ENTRY_DTYPE, StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
 from redshard.worker.model.step_memory import step_bytes
+from redshard.worker.model.weights import StagePart
 from redshard.worker.worker import Worker
 
 CONFIG = tiny_config("qwen3", n_layers=3)
@@ -62,7 +62,7 @@ def test_figures(model: Path) -> None:
     assert reports[-1] == (stats.weight_bytes, stats.weight_bytes)
     assert (stats.kind, stats.first_layer, stats.end_layer) == ("cpu", 0, 3)
     cached = LIMITS.n_kv_blocks * LIMITS.block_size
-    assert stats.kv_bytes == 2 * 3 * cached * CONFIG.n_kv_heads * (CONFIG.head_dim + CONFIG.value_dim)
+    assert stats.kv_bytes == 2 * 3 * cached * 2 * (32 + 32)
     table_row = QuantType.Q8_0.nbytes((CONFIG.n_embd,))
     assert stats.weight_bytes_per_token == stats.weight_bytes - (CONFIG.n_vocab - 1) * table_row
     held = worker.memory_map()

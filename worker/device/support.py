@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from redshard.loader.gguf.gguf_file import TensorInfo
 from redshard.loader.gguf.quant_types import QuantType
-from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.model.configuration import ModelConfig
+from redshard.loader.model.tensors import ModelTensors
 
 #: By the GPU kernels: kernels/hip/formats.h.
 GPU_WEIGHT_TYPES = (
@@ -57,7 +58,8 @@ def check_device_support(
 
 
 def _check_gpu_shapes(config: ModelConfig, tensors: ModelTensors, where: str) -> None:
-    for size in (config.head_dim, config.value_dim):
+    attention = [body for layer in config.layers for body in layer.attention]
+    for size in sorted({size for body in attention for size in (body.head_dim, body.value_dim)}):
         if size % 8 or size > MAX_GPU_HEAD:
             raise UnsupportedOnDeviceError(
                 f"{config.name} has heads of {size} elements; {where} they must be multiples of 8 and at "

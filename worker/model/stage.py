@@ -17,23 +17,34 @@ from functools import partial
 
 import numpy as np
 
-from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.model.cache_groups import cache_groups
+from redshard.loader.model.configuration import AttentionConfig, RopeConfig
 from redshard.loader.model.rotary import rotary_table
 from redshard.worker.device.arguments import MAX_TOP_LOGPROBS
 from redshard.worker.device.base import Device, Event, Graph, HostBuffer
 from redshard.worker.device.watchdog import Guard
-from redshard.worker.memory.kv_cache import KVCache, KVCacheLayout, LayerShape
+from redshard.worker.memory.kv_cache import KVCache
 from redshard.worker.memory.pool import MemoryPool
-from redshard.worker.model import ops
-from redshard.worker.model.forward import Arena, ForwardPass, StageWeights, lay_out
+from redshard.worker.model.arena import Arena
+from redshard.worker.model.blocks.block import LayerCache, Site
+from redshard.worker.model.forward import ForwardPass
 from redshard.worker.model.handoff import Handoff, HandoffType, Hidden
 from redshard.worker.model.sampler import SampleOutputs, logits_result
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_deadline import StepDeadline
-from redshard.worker.model.step_inputs import BatchError, InputLayout, InputStaging, StepInputs, StepLimits
+from redshard.worker.model.step_inputs import (
+    BatchError,
+    InputLayout,
+    InputStaging,
+    StepInputs,
+    StepLimits,
+)
+from redshard.worker.model.weights import StageWeights
 
 #: A graph for each bucket of rows, ascending.
 Graphs = dict[int, Graph]
+#: Puts operations for so many rows in order on a device.
+Launch = Callable[[Device, int], None]
 
 #: Steps that may be launched and not yet waited for.
 STEPS_AT_ONCE = 2
@@ -103,9 +114,10 @@ class Stage:
         self._logits_graphs: Graphs = {}
         self._sample_graphs: dict[int, Graphs] = {}
 
-        layers = weights.part.layers
-        self._cache = KVCache(pool, cache_layout(weights, limits), limits.n_kv_blocks) if layers else None
-        self._rotary = self._upload_rotary(freq_factors)
+        self._caches = [
+            KVCache(pool, group, limits.n_kv_blocks, limits.block_size)
+            for group in cache_groups(config, weights.part.layers)
+        ]
         layout = InputLayout(limits)
         self._input_buffer = pool.allocate("inputs", layout.nbytes)
         self._input_stagings = [
@@ -114,9 +126,20 @@ class Stage:
         part = weights.part
         self._inputs = StepInputs(limits, config.n_vocab, looks_up=part.is_first and part.is_last)
         self._slots = self._allocate_slots()
-        self._arena = pool.allocate("activations", activation_bytes(self._device, weights, limits))
-        arena = Arena(self._arena.address)
-        self._at = lay_out(arena, weights, limits, scratch_bytes(self._device, config, limits))
+        on_site = partial(
+            Site,
+            weights=weights,
+            limits=limits,
+            inputs=layout.addresses(self._input_buffer.address),
+            caches=self._layer_caches(),
+            rotary={rope: self._upload_rotary(rope, freq_factors) for rope in config.ropes},
+            newest=self._slots.get("newest tokens"),
+            scratch_bytes=self._scratch_bytes,
+        )
+        measured = Arena()
+        ForwardPass(on_site(arena=measured))
+        self._arena = pool.allocate("activations", measured.nbytes)
+        self._forward = ForwardPass(on_site(arena=Arena(self._arena.address)))
         row_nbytes = 4 * config.n_vocab if part.is_last else 0
         self._staging = self._allocate_host(max(4 * limits.max_tokens * config.n_embd, row_nbytes))
         self._result_stagings = [
@@ -125,7 +148,7 @@ class Stage:
         ]
         # The residual stream is the first in the arena.
         self.handoff = Handoff(pool, self._arena, self._staging, limits.max_tokens, config.n_embd, handoff)
-        self._record(weights, layout)
+        self._record()
 
     def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
         """Run one step and wait for it; as `launch` and `finish`."""
@@ -192,6 +215,11 @@ class Stage:
         self._idle_since = now
         return out
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache."""
+        return sum(cache.nbytes for cache in self._caches)
+
     def close(self) -> None:
         """Release graphs, staging memory and the next stage's inbox. Idempotent; the pool frees the rest."""
         self.handoff.disconnect()
@@ -218,7 +246,7 @@ class Stage:
         """Addresses of what stays on the device by slot: block tables, and the token sampled last."""
         limits = self.limits
         sizes = {}
-        if self._cache is not None:
+        if self._caches:
             sizes["block tables"] = 4 * limits.table_entries
         if self.part.is_last:
             sizes["newest tokens"] = 4 * limits.max_sequences
@@ -229,72 +257,63 @@ class Stage:
             self._device.fill(view.address, 0, view.nbytes)
         return {name: view.address for name, view in views.items()}
 
-    def _upload_rotary(self, freq_factors: np.ndarray | None) -> ops.Rotary:
-        rope = self._config.rope
+    def _upload_rotary(self, rope: RopeConfig, freq_factors: np.ndarray | None) -> int:
         table = rotary_table(rope, self.limits.max_context, freq_factors)
         buffer = self._pool.allocate("rotary table", table.nbytes)
         self._pool.write(buffer.view(0, table.nbytes), table)
-        return ops.Rotary(buffer.address, rope.n_rot, rope.style == "neox")
+        return buffer.address
 
-    def _record(self, weights: StageWeights, layout: InputLayout) -> None:
-        """Record the layers once for every bucket of rows, and on the last stage what follows them."""
-        config, limits = self._config, self.limits
-        forward = ForwardPass(
-            device=self._device,
-            weights=weights,
-            inputs=layout.addresses(self._input_buffer.address),
-            at=self._at,
-            caches=self._layer_caches(),
-            shape=ops.AttentionShape(
-                n_heads=config.n_heads,
-                n_kv_heads=config.n_kv_heads,
-                head_dim=config.head_dim,
-                value_dim=config.value_dim,
-                block_size=limits.block_size,
-                table_width=limits.table_width,
-                max_sequences=limits.max_sequences,
-            ),
-            rotary=self._rotary,
-            newest=self._slots.get("newest tokens"),
+    def _layer_caches(self) -> dict[int, LayerCache]:
+        """Where the layers' keys and values are, by the layers' numbers in the model."""
+        return {
+            layer: LayerCache(keys.address, cache.values[layer].address, self._slots["block tables"])
+            for cache in self._caches
+            for layer, keys in cache.keys.items()
+        }
+
+    def _scratch_bytes(self, attention: AttentionConfig) -> int:
+        """What the device's attention wants besides its inputs and outputs."""
+        limits = self.limits
+        return self._device.scratch_bytes(
+            limits.max_tokens,
+            limits.max_sequences,
+            attention.n_heads,
+            attention.value_dim,
+            limits.table_width * limits.block_size,
+            limits.total_context,
         )
-        if self._cache is not None:
+
+    def _record(self) -> None:
+        """Record the layers once for every bucket of rows, and on the last stage what follows them."""
+        forward, limits = self._forward, self.limits
+        if self._caches:
             self._tables_graphs = self._recorded(1, forward.set_tables)
-        parts: dict[str, Callable[[int], None]] = {}
+        parts: dict[str, Launch] = {}
         if self._check_finite:
             parts |= {"the embedding": forward.embed} if self.part.is_first else {}
-            parts |= {f"layer {layer}": partial(forward.layer, layer) for layer in self.part.layers}
+            parts |= {f"layer {layer}": partial(forward.layer, layer=layer) for layer in self.part.layers}
         elif self.part.layers or self.part.is_first:
             parts["all layers"] = forward.layers
         self._layer_graphs = {
             what: self._recorded(limits.max_tokens, launch) for what, launch in parts.items()
         }
-        if self.part.is_last:
-            self._logits_graphs = self._recorded(limits.max_outputs, forward.logits)
-            sampled = self._outputs.addresses(self._at.sampled)
+        if forward.output is not None:
+            self._logits_graphs = self._recorded(limits.max_outputs, forward.output.launch)
             # Ranking a vocabulary takes time: steps that want no most probable tokens have their own graphs.
             self._sample_graphs = {
-                n_top: self._recorded(limits.max_outputs, partial(forward.sample, out=sampled, n_top=n_top))
+                n_top: self._recorded(
+                    limits.max_outputs, partial(forward.output.launch_sampling, n_top=n_top)
+                )
                 for n_top in (0, MAX_TOP_LOGPROBS)
             }
 
-    def _layer_caches(self) -> tuple[ops.LayerCache, ...]:
-        cache = self._cache
-        if cache is None:
-            return ()
-        return tuple(
-            ops.LayerCache(
-                cache.keys(layer).address, cache.values(layer).address, self._slots["block tables"]
-            )
-            for layer in range(len(self.part.layers))
-        )
-
-    def _recorded(self, max_rows: int, launch: Callable[[int], None]) -> Graphs:
+    def _recorded(self, max_rows: int, launch: Launch) -> Graphs:
         """One graph for every row count that the device wants a graph of its own for."""
         graphs: list[Graph] = []
         buckets = self._device.row_buckets(max_rows)
         for rows in buckets:
             with self._device.recording(graphs):
-                launch(rows)
+                launch(self._device, rows)
         return dict(zip(buckets, graphs, strict=True))
 
     def _guard(self, rows: int) -> Guard:
@@ -312,26 +331,27 @@ class Stage:
 
     def _launch_output(self, batch: StepBatch, turn: int, began: float) -> Launched:
         """Sample the output rows, or read their logits."""
-        n_outputs = len(batch.output_rows)
+        n_outputs, output = len(batch.output_rows), self._forward.output
+        assert output is not None
         if n_outputs:
             _replay(self._logits_graphs, n_outputs)
         if batch.return_logits:
-            result = logits_result(batch.step_id, self._read_logits(n_outputs))
+            result = logits_result(batch.step_id, self._read_logits(n_outputs, output.logits))
             return Launched(batch, began, result=result)
         if n_outputs:
             _replay(self._sample_graphs[MAX_TOP_LOGPROBS if batch.n_top else 0], n_outputs)
         results = self._result_stagings[turn]
-        view = self._arena.view(self._at.sampled - self._arena.address, self._outputs.nbytes(batch.n_top))
+        view = self._arena.view(output.sampled - self._arena.address, self._outputs.nbytes(batch.n_top))
         self._pool.copy_out(results, view)
         return Launched(batch, began, results, self._device.record_event())
 
-    def _read_logits(self, n_outputs: int) -> np.ndarray:
+    def _read_logits(self, n_outputs: int, address: int) -> np.ndarray:
         n_vocab = self._config.n_vocab
         logits = np.empty((n_outputs, n_vocab), np.float32)
         at_once = self._staging.array.nbytes // (4 * n_vocab)
         for start in range(0, n_outputs, at_once):
             piece = logits[start : start + at_once]
-            self._copy_out(self._at.logits + 4 * n_vocab * start, piece.nbytes)
+            self._copy_out(address + 4 * n_vocab * start, piece.nbytes)
             piece[:] = self._staged(piece.shape)
         return logits
 
@@ -344,32 +364,6 @@ class Stage:
     def _staged(self, shape: tuple[int, ...]) -> np.ndarray:
         """The start of the staging buffer as float32 of this shape."""
         return self._staging.array[: 4 * math.prod(shape)].view(np.float32).reshape(shape)
-
-
-def cache_layout(weights: StageWeights, limits: StepLimits) -> KVCacheLayout:
-    """The cache of a stage, one block of it at a time."""
-    config = weights.config
-    shape = LayerShape(config.n_kv_heads, config.head_dim, config.value_dim)
-    return KVCacheLayout((shape,) * len(weights.part.layers), limits.block_size)
-
-
-def scratch_bytes(device: Device, config: ModelConfig, limits: StepLimits) -> int:
-    """What attention wants besides its inputs and outputs."""
-    return device.scratch_bytes(
-        limits.max_tokens,
-        limits.max_sequences,
-        config.n_heads,
-        config.value_dim,
-        limits.table_width * limits.block_size,
-        limits.total_context,
-    )
-
-
-def activation_bytes(device: Device, weights: StageWeights, limits: StepLimits) -> int:
-    """Bytes of everything that lives no longer than a step."""
-    arena = Arena()
-    lay_out(arena, weights, limits, scratch_bytes(device, weights.config, limits))
-    return arena.nbytes
 
 
 def _replay(graphs: Graphs, rows: int) -> None:

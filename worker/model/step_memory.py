@@ -3,36 +3,63 @@
 from __future__ import annotations
 
 import redshard._cpu as _cpu
-from redshard.loader.model.model_config import ModelConfig
+from redshard.loader.model.configuration import AttentionConfig, ModelConfig
+from redshard.loader.model.rotary import rotary_bytes
+from redshard.worker.device.arguments import Matrix
 from redshard.worker.device.kernel_set import attention_scratch_bytes
-from redshard.worker.model.sampler import SampleOutputs
+from redshard.worker.model.arena import Arena
+from redshard.worker.model.blocks.block import UNKNOWN_TYPE, LayerCache, Site
+from redshard.worker.model.forward import ForwardPass
 from redshard.worker.model.step_inputs import InputLayout, StepLimits
-
-# An activation in every form that readers want: float32; int8 quants, a scale and a sum for 32 of them.
-_ACTIVATION_BYTES = 4 + 1 + 8 / 32
+from redshard.worker.model.weights import StagePart, StageWeights, Weights
 
 
 def step_bytes(config: ModelConfig, limits: StepLimits) -> int:
-    """Bytes of inputs, activations, logits and rotary table that a stage has at most, on any device.
+    """Bytes of inputs, activations, logits and rotary tables that a stage has at most, on any device.
 
     Args:
         config: of the model.
         limits: the largest step, and the cache.
     """
-    max_context = limits.table_width * limits.block_size
-    scratch = max(
-        attention_scratch_bytes(
-            limits.max_tokens, limits.max_sequences, config.n_heads, config.value_dim, limits.total_context
+    layers = range(config.n_layers)
+    unknown = _UnknownWeights()
+    layout, arena = InputLayout(limits), Arena()
+    site = Site(
+        weights=StageWeights(
+            config, StagePart(layers, is_first=True, is_last=True), dict.fromkeys(layers, unknown), unknown
         ),
-        _cpu.attention_scratch_bytes(limits.max_tokens, config.n_heads, config.value_dim, max_context),
+        limits=limits,
+        inputs=layout.addresses(0),
+        arena=arena,
+        caches=dict.fromkeys(layers, LayerCache(0, 0, 0)),
+        rotary=dict.fromkeys(config.ropes, 0),
+        newest=None,
+        scratch_bytes=lambda attention: _scratch_bytes(attention, limits),
     )
-    attention = limits.max_tokens * (
-        4 * (config.n_q + config.n_k + config.n_v) + _ACTIVATION_BYTES * config.n_attn
+    ForwardPass(site)
+    return arena.nbytes + layout.nbytes + sum(rotary_bytes(rope, limits.max_context) for rope in config.ropes)
+
+
+class _UnknownWeights(Weights):
+    """Weights of any type, so that activations must come in all forms that might be read."""
+
+    def matrix(self, role: str) -> Matrix:
+        return Matrix(type=UNKNOWN_TYPE)
+
+    def vector(self, role: str) -> int:
+        return 0
+
+    def optional_vector(self, role: str) -> int | None:
+        return None
+
+
+def _scratch_bytes(attention: AttentionConfig, limits: StepLimits) -> int:
+    """The most that any device's attention wants."""
+    n_heads, value_dim = attention.n_heads, attention.value_dim
+    max_context = limits.table_width * limits.block_size
+    return max(
+        attention_scratch_bytes(
+            limits.max_tokens, limits.max_sequences, n_heads, value_dim, limits.total_context
+        ),
+        _cpu.attention_scratch_bytes(limits.max_tokens, n_heads, value_dim, max_context),
     )
-    feed_forward = limits.max_tokens * _ACTIVATION_BYTES * config.n_ff
-    output = limits.max_outputs * (_ACTIVATION_BYTES * config.n_embd + 4 * config.n_vocab)
-    residual = limits.max_tokens * (4 + _ACTIVATION_BYTES) * config.n_embd
-    sampled = SampleOutputs(limits.max_outputs).nbytes(n_top=1)
-    # Phases of a step share their memory.
-    activations = residual + max(attention + scratch, feed_forward, output + sampled)
-    return int(activations) + InputLayout(limits).nbytes + 4 * config.rope.n_rot * limits.max_context

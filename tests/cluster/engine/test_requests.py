@@ -141,7 +141,7 @@ def test_one_prompt_or_many() -> None:
         params_of_each([greedy, warm], 3)
 
 
-SIZE = ModelSize(layers=(1 << 30,) * 8, input=1 << 28, output=1 << 28, shared=0, kv_per_token=4096)
+SIZE = ModelSize(layers=(1 << 30,) * 8, input=1 << 28, output=1 << 28, shared=0, kv_per_token=(4096,) * 8)
 SETTINGS = PipelineSettings(
     path="model.gguf",
     n_stages=2,

@@ -19,7 +19,9 @@ from support.gguf_models import large_vocabulary, tiny_config, write_model
 
 from redshard.loader.gguf.gguf_file import GGUFError, GGUFFile
 from redshard.loader.gguf.quant_types import QuantType
-from redshard.loader.model.model_config import ModelConfig, ModelTensors, UnsupportedModelError
+from redshard.loader.model.architectures import read_config
+from redshard.loader.model.configuration import UnsupportedModelError
+from redshard.loader.model.tensors import ModelTensors
 
 DATA = Path(__file__).parents[2] / "data" / "conformance"
 KIT = Path(__file__).parents[4] / "shared"
@@ -408,7 +410,7 @@ def use_everything(path: Path) -> None:
         dict(file.metadata)
         for name, info in file.tensors.items():
             assert file.tensor_bytes(name).nbytes == info.nbytes
-        ModelTensors(ModelConfig.from_gguf(file), file)
+        ModelTensors(read_config(file), file)
 
 
 EXTREMES = st.sampled_from(

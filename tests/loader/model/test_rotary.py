@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from redshard.loader.model.model_config import RopeConfig
+from redshard.loader.model.configuration import RopeConfig
 from redshard.loader.model.rotary import rotary_table
 
 

@@ -10,13 +10,14 @@ from support.gguf_models import tiny_config, write_model
 
 from redshard.loader.gguf.gguf_file import GGUFFile
 from redshard.loader.gguf.quant_types import QuantType
-from redshard.loader.model.model_config import ModelConfig, ModelTensors
+from redshard.loader.model.architectures import read_config
+from redshard.loader.model.tensors import ModelTensors
 from redshard.worker.device.support import UnsupportedOnDeviceError, check_device_support
 
 
 def check(path: Path, kind: str) -> None:
     with GGUFFile.open(path) as file:
-        config = ModelConfig.from_gguf(file)
+        config = read_config(file)
         check_device_support(config, ModelTensors(config, file), file.tensors.values(), kind)
 
 

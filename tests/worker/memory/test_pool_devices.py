@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support import standin
+from support.gguf_models import tiny_config
 
 from redshard.loader.gguf.quant_types import QuantType
+from redshard.loader.model.cache_groups import cache_groups
 from redshard.worker.configuration import PoolSettings, UploadSettings
 from redshard.worker.device.base import Device, DeviceError
 from redshard.worker.device.choose import open_device
-from redshard.worker.memory.kv_cache import KVCache, KVCacheLayout, LayerShape
+from redshard.worker.memory.kv_cache import KVCache
 from redshard.worker.memory.packing import plan_packing
 from redshard.worker.memory.pool import MemoryPool, PoolError
 from redshard.worker.memory.upload import upload
@@ -76,8 +78,9 @@ def test_copy_out_can_be_recorded(device, readback):
 
 def test_cache_regions_hold_what_is_written_to_them(device):
     with MemoryPool(device) as pool:
-        cache = KVCache(pool, KVCacheLayout((LayerShape(2, 64, 64), LayerShape(1, 40, 24))), n_blocks=7)
-        regions = [region for layer in range(2) for region in (cache.keys(layer), cache.values(layer))]
+        (group,) = cache_groups(tiny_config(head_dim=40, value_dim=24, n_kv_heads=[2, 1]), range(2))
+        cache = KVCache(pool, group, n_blocks=7)
+        regions = [region for layer in range(2) for region in (cache.keys[layer], cache.values[layer])]
         for byte, region in enumerate(regions, start=1):
             device.fill(region.address, byte, region.nbytes)
         for byte, region in enumerate(regions, start=1):

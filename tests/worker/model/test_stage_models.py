@@ -48,6 +48,17 @@ FLOAT_MODELS: dict[str, tuple[QuantType, dict[str, Any]]] = {
     "no-grouping": (F32, {"n_heads": 3, "n_kv_heads": 3}),
     "tied": (BF16, {"tied_embeddings": True}),
     "odd-widths": (F16, {"n_embd": 77, "head_dim": 26, "n_heads": 5, "n_kv_heads": 5, "n_ff": 131}),
+    "layers-that-differ": (
+        F32,
+        {
+            "architecture": "qwen3",
+            "n_layers": 4,
+            "n_embd": 96,
+            "n_heads": [4, 2, 6, 3],
+            "n_kv_heads": [2, 2, 1, 3],
+            "n_ff": [64, 256, 32, 128],
+        },
+    ),
     "deep": (F16, {"n_layers": 7, "architecture": "qwen2", "tied_embeddings": True}),
 }
 
