@@ -145,7 +145,7 @@ class Device(ABC):
 
     @abstractmethod
     def launch(self, kernel: str, arguments: ctypes.Structure, rows: int) -> None:
-        """Run one operation of `worker.arguments.KERNEL_ARGUMENTS`; `rows` bounds the rows a step may have.
+        """Run one operation of `arguments.KERNEL_ARGUMENTS`; `rows` bounds the rows a step may have.
 
         A device may answer with several launches of its own kernels. The argument block is copied.
         """

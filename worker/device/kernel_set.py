@@ -150,7 +150,7 @@ class SplitPlanesArguments(ctypes.Structure):
 
 
 def launches(operation: str, arguments: ctypes.Structure, rows: int, wave_size: int) -> list[Launch]:
-    """The launches that make an operation of `worker.arguments.KERNEL_ARGUMENTS`, in order.
+    """The launches that make an operation of `arguments.KERNEL_ARGUMENTS`, in order.
 
     Args:
         operation: its name.

@@ -55,7 +55,8 @@ class ForwardPass:
 
 
 def _block(site: Site, layer: int, branch: Branch) -> Block:
-    """The block that computes a branch of a layer."""
-    if isinstance(branch.body, AttentionConfig):
-        return AttentionBlock(site, layer, branch.norm, branch.body)
-    return FeedForwardBlock(site, layer, branch.norm, branch.body)
+    """The block that computes a branch of a layer, its activations where those of the others are too."""
+    with site.arena.phase():
+        if isinstance(branch.body, AttentionConfig):
+            return AttentionBlock(site, layer, branch.norm, branch.body)
+        return FeedForwardBlock(site, layer, branch.norm, branch.body)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from redshard.loader.model.configuration import AttentionConfig
 from redshard.worker.device.arguments import AttentionArguments, RopeStoreArguments
 from redshard.worker.device.base import Device
-from redshard.worker.model.blocks.block import Block, Site
+from redshard.worker.model.blocks.block import Block, Product, Site
 
 
 class AttentionBlock(Block):
@@ -20,38 +20,31 @@ class AttentionBlock(Block):
     """
 
     def __init__(self, site: Site, layer: int, norm: str, config: AttentionConfig) -> None:
-        self._site, self._config = site, config
+        super().__init__(site, layer, norm, readers=("attn_q", "attn_k", "attn_v"))
+        self._config = config
         self._cache = site.caches[layer]
         self._rotary = site.rotary[config.rope]
-
-        weights = site.weights.layers[layer]
-        self._norm = weights.vector(norm)
-        self._q_norm, self._k_norm = map(weights.optional_vector, ("attn_q_norm", "attn_k_norm"))
-        self._w_q, self._w_k, self._w_v = map(weights.matrix, ("attn_q", "attn_k", "attn_v"))
-        self._w_output = weights.matrix("attn_output")
+        self._output = self.weights.matrix("attn_output")
+        self._q_norm = self.weights.optional_vector("attn_q_norm")
+        self._k_norm = self.weights.optional_vector("attn_k_norm")
 
         rows = site.limits.max_tokens
-        with site.arena.phase():
-            self._normed = site.activation(rows, site.n_embd, [self._w_q, self._w_k, self._w_v])
-            self._q = site.floats(rows, config.n_q)
-            self._k = site.floats(rows, config.n_k)
-            self._v = site.floats(rows, config.n_v)
-            self._mixed = site.activation(rows, config.n_mixed, [self._w_output])
-            self._scratch_bytes = site.scratch_bytes(config)
-            self._scratch = site.arena.take(self._scratch_bytes)
+        self._q = site.floats(rows, config.n_q)
+        self._k = site.floats(rows, config.n_k)
+        self._v = site.floats(rows, config.n_v)
+        self._mixed = site.activation(rows, config.n_mixed, [self._output])
+        self._scratch_bytes = site.scratch_bytes(config)
+        self._scratch = site.arena.take(self._scratch_bytes)
 
-    def launch(self, device: Device, rows: int) -> None:
-        site = self._site
-        site.norm(device, rows, self._norm, self._normed)
-        products = [(self._w_q, self._q), (self._w_k, self._k), (self._w_v, self._v)]
-        site.multiply(device, rows, self._normed, site.n_embd, products)
+    def body(self, device: Device, rows: int) -> Product:
+        products = list(zip(self.readers, (self._q, self._k, self._v), strict=True))
+        self.site.multiply(device, rows, self.normed, self.site.n_embd, products)
         self._rope_store(device, rows)
         self._attend(device, rows)
-        output = [(self._w_output, site.hidden)]
-        site.multiply(device, rows, self._mixed, self._config.n_mixed, output, accumulate=True)
+        return Product(self._mixed, self._config.n_mixed, self._output)
 
     def _rope_store(self, device: Device, rows: int) -> None:
-        inputs, config = self._site.inputs, self._config
+        inputs, config = self.site.inputs, self._config
         arguments = RopeStoreArguments(
             step=inputs.step,
             positions=inputs.positions,
@@ -70,13 +63,13 @@ class AttentionBlock(Block):
             value_dim=config.value_dim,
             n_rot=config.rope.n_rot,
             neox=config.rope.style == "neox",
-            block_size=self._site.limits.block_size,
-            eps=self._site.weights.config.norm_eps,
+            block_size=self.site.limits.block_size,
+            eps=self.site.weights.config.norm_eps,
         )
         device.launch("rope_store", arguments, rows)
 
     def _attend(self, device: Device, rows: int) -> None:
-        inputs, limits, config = self._site.inputs, self._site.limits, self._config
+        inputs, limits, config = self.site.inputs, self.site.limits, self._config
         arguments = AttentionArguments(
             step=inputs.step,
             positions=inputs.positions,

@@ -136,9 +136,39 @@ class Site:
         device.launch("matmul", arguments, rows)
 
 
-class Block(ABC):
-    """One branch of a layer: ``x += body(norm(x))`` on the residual stream."""
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Rows of `width`, and the matrix that they are to be multiplied with."""
 
-    @abstractmethod
+    x: Activation
+    width: int
+    matrix: Matrix
+
+
+class Block(ABC):
+    """One branch of a layer: ``x += body(norm(x))`` on the residual stream.
+
+    Args:
+        site: of the stage.
+        layer: its number in the model.
+        norm: role of the norm's weight.
+        readers: roles of the matrices that read the normalized stream.
+    """
+
+    def __init__(self, site: Site, layer: int, norm: str, readers: Sequence[str]) -> None:
+        self.site = site
+        self.weights = site.weights.layers[layer]
+        self.readers = [self.weights.matrix(role) for role in readers]
+        self.normed = site.activation(site.limits.max_tokens, site.n_embd, self.readers)
+        self._norm = self.weights.vector(norm)
+
     def launch(self, device: Device, rows: int) -> None:
         """Put the operations of the block in order."""
+        self.site.norm(device, rows, self._norm, self.normed)
+        last = self.body(device, rows)
+        products = [(last.matrix, self.site.hidden)]
+        self.site.multiply(device, rows, last.x, last.width, products, accumulate=True)
+
+    @abstractmethod
+    def body(self, device: Device, rows: int) -> Product:
+        """Put the operations between norm and residual stream in order; returns what the stream gets."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from redshard.loader.model.configuration import FeedForwardConfig
 from redshard.worker.device.arguments import SwigluArguments
 from redshard.worker.device.base import Device
-from redshard.worker.model.blocks.block import Block, Site
+from redshard.worker.model.blocks.block import Block, Product, Site
 
 
 class FeedForwardBlock(Block):
@@ -19,29 +19,20 @@ class FeedForwardBlock(Block):
     """
 
     def __init__(self, site: Site, layer: int, norm: str, config: FeedForwardConfig) -> None:
-        self._site, self._config = site, config
+        super().__init__(site, layer, norm, readers=("ffn_gate", "ffn_up"))
+        self._config = config
+        self._down = self.weights.matrix("ffn_down")
+        self._gated = site.activation(site.limits.max_tokens, config.n_ff, [self._down])
 
-        weights = site.weights.layers[layer]
-        self._norm = weights.vector(norm)
-        self._gate, self._up, self._down = map(weights.matrix, ("ffn_gate", "ffn_up", "ffn_down"))
-
-        rows = site.limits.max_tokens
-        with site.arena.phase():
-            self._normed = site.activation(rows, site.n_embd, [self._gate, self._up])
-            self._gated = site.activation(rows, config.n_ff, [self._down])
-
-    def launch(self, device: Device, rows: int) -> None:
-        site = self._site
-        site.norm(device, rows, self._norm, self._normed)
+    def body(self, device: Device, rows: int) -> Product:
+        gate, up = self.readers
         arguments = SwigluArguments(
-            step=site.inputs.step,
-            x=self._normed,
-            gate=self._gate,
-            up=self._up,
+            step=self.site.inputs.step,
+            x=self.normed,
+            gate=gate,
+            up=up,
             out=self._gated,
-            width=site.n_embd,
+            width=self.site.n_embd,
         )
         device.launch("swiglu", arguments, rows)
-        site.multiply(
-            device, rows, self._gated, self._config.n_ff, [(self._down, site.hidden)], accumulate=True
-        )
+        return Product(self._gated, self._config.n_ff, self._down)
