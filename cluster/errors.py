@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from redshard.cluster.client.completion import Completion
+from typing import Any
 
 
 class RedshardError(Exception):
@@ -28,10 +25,11 @@ class RequestError(RedshardError):
     """A request could not be finished: its steps killed their workers again and again, or it was cancelled.
 
     Attributes:
-        completions: of `generate`, all answers; those that failed end with the finish reason "error".
+        completions: of `generate`, all answers, `Completion` each; those that failed end with the finish
+            reason "error".
     """
 
-    completions: list[Completion] | None = None
+    completions: list[Any] | None = None
 
 
 class PipelineError(RedshardError):

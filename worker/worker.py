@@ -18,9 +18,8 @@ from redshard.worker.device.base import Device
 from redshard.worker.memory.packing import plan_packing
 from redshard.worker.memory.pool import MemoryMap, MemoryPool
 from redshard.worker.memory.upload import Progress, upload
-from redshard.worker.model.handoff import Handoff, HandoffType, Hidden
-from redshard.worker.model.stage import Launched, Stage
-from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.handoff import HandoffType
+from redshard.worker.model.stage import Stage
 from redshard.worker.model.step_inputs import StepLimits
 from redshard.worker.model.weights import StagePart, StageWeights
 
@@ -75,8 +74,6 @@ class Worker:
         self._pool = MemoryPool(device, self._configuration.pool, self._configuration.deadlines)
         self._stage: Stage | None = None
         self._stats: WorkerStats | None = None
-        self._steps = self._tokens = 0
-        self._busy_s = 0.0
 
     def load(
         self,
@@ -136,36 +133,12 @@ class Worker:
         )
         return self._stats
 
-    def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
-        """One step; as `Stage.run`."""
-        return self.finish(self.launch(batch, hidden))
-
     @property
-    def runs_behind(self) -> bool:
-        """Whether steps may overlap: the whole model is here, on a device that queues work."""
-        part = self._loaded().part
-        return part.is_first and part.is_last and self.device.queues_work
-
-    def launch(self, batch: StepBatch, hidden: Hidden | None = None) -> Launched:
-        """As `Stage.launch`."""
-        started = time.monotonic()
-        launched = self._loaded().launch(batch, hidden)
-        self._steps += 1
-        self._tokens += len(batch.token_ids)
-        self._busy_s += time.monotonic() - started
-        return launched
-
-    def finish(self, launched: Launched) -> Hidden | StepResult:
-        """As `Stage.finish`."""
-        started = time.monotonic()
-        result = self._loaded().finish(launched)
-        self._busy_s += time.monotonic() - started
-        return result
-
-    @property
-    def handoff(self) -> Handoff:
-        """How hidden states come in and leave. Raises ValueError before a model is loaded."""
-        return self._loaded().handoff
+    def stage(self) -> Stage:
+        """What runs steps. Raises ValueError before a model is loaded."""
+        if self._stage is None:
+            raise ValueError("this worker has not loaded a model")
+        return self._stage
 
     def memory_map(self) -> MemoryMap:
         """What is allocated on the device; makes no device call."""
@@ -177,10 +150,10 @@ class Worker:
             raise ValueError("this worker has not loaded a model")
         return replace(
             self._stats,
-            steps=self._steps,
-            tokens=self._tokens,
-            busy_s=self._busy_s,
-            sends_by=self.handoff.sends_by,
+            steps=self.stage.steps,
+            tokens=self.stage.tokens,
+            busy_s=self.stage.busy_s,
+            sends_by=self.stage.handoff.sends_by,
         )
 
     def close(self) -> None:
@@ -191,16 +164,11 @@ class Worker:
         self._pool.close()
         self.device.close()
 
-    def _loaded(self) -> Stage:
-        if self._stage is None:
-            raise ValueError("this worker has not loaded a model")
-        return self._stage
-
     def _loaded_stats(
         self, tensors: ModelTensors, part: StagePart, limits: StepLimits, load_s: float
     ) -> WorkerStats:
         weight_bytes = sum(info.nbytes for info in part.tensors(tensors))
-        kv_bytes = self._loaded().cache_bytes
+        kv_bytes = self.stage.cache_bytes
         return WorkerStats(
             device=self.device.properties.name,
             kind=self.device.kind,

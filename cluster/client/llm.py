@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import ray
@@ -80,7 +80,6 @@ class LLM:
             otherwise only those that the chat template writes.
         worker: everything else that can be configured about a worker.
         on_progress: called while the model is being loaded.
-        stage_class: what runs in each worker's process.
 
     Attributes:
         config: the model's hyperparameters.
@@ -93,6 +92,9 @@ class LLM:
         ParameterError: an argument is out of range.
         PipelineError: the cluster has no room, or a worker cannot be started.
     """
+
+    #: What runs in each worker's process; tests put others in its place.
+    _stage_class: ClassVar[type[StageActor]] = StageActor
 
     def __init__(
         self,
@@ -108,7 +110,6 @@ class LLM:
         parse_special: bool = False,
         worker: WorkerConfiguration | None = None,
         on_progress: OnProgress | None = None,
-        stage_class: type[StageActor] = StageActor,
     ) -> None:
         _check_choices(model, device, handoff_dtype, worker)
         path, self.config, self.tokenizer, chat = _open(model, device)
@@ -136,7 +137,7 @@ class LLM:
         )
         ray_session = connect()
         try:
-            self._coordinator, info = _start(settings, stage_class, on_progress)
+            self._coordinator, info = _start(settings, self._stage_class, on_progress)
         except BaseException:
             disconnect(ray_session)
             raise

@@ -44,14 +44,22 @@ class StepRefused(Exception):
     """The oldest step is not one that the stages can run; they are well, and so are the other steps."""
 
 
-class Stages(Protocol):
-    """All stages of the model, as the engine sees them."""
+class Steps(Protocol):
+    """The way of steps through all stages."""
 
     def submit(self, batch: StepBatch) -> None:
         """Send a step on its way. Raises StepLost."""
 
     def collect(self) -> StepResult:
         """Wait for the oldest step. Raises StepLost and StepRefused."""
+
+
+class Stages(Protocol):
+    """All stages of the model, as the engine sees them."""
+
+    @property
+    def steps(self) -> Steps:
+        """The way through the stages as they are now; another one after `restore`."""
 
     def restore(self, loss: StepLost) -> None:
         """Bring all stages back with empty caches. Raises PipelineError when that cannot be done."""
@@ -257,7 +265,7 @@ class Engine:
             if not self._scheduler.bind(batch):
                 self._held = batch
                 return
-            self._stages.submit(batch)
+            self._stages.steps.submit(batch)
             times.submit_s += time.perf_counter() - scheduled
             times.steps += 1
             times.tokens += len(batch.token_ids)
@@ -268,7 +276,7 @@ class Engine:
             return []
         began = time.perf_counter()
         try:
-            result = self._stages.collect()
+            result = self._stages.steps.collect()
         except StepRefused as refused:
             for sequence in self._scheduler.refuse():
                 self._fail(sequence.request_id, f"a step of the request cannot be run: {refused}")

@@ -1,21 +1,37 @@
-"""What runs in a stage's process: a worker that takes and gives messages."""
+"""What runs in a stage's process: a worker that takes and gives messages.
+
+It asks Ray for nothing but where it is, so stages also run without it.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
 
 from redshard.cluster.pipeline.wire import decode_batch, decode_hidden, encode_hidden, encode_result
 from redshard.worker.configuration import WorkerConfiguration
 from redshard.worker.device.base import DeviceError
-from redshard.worker.device.choose import GPU_MAKERS, DeviceKind, GpuKind, gpu_count
+from redshard.worker.device.choose import GPU_MAKERS, DeviceKind, GpuKind, gpu_count, open_device
 from redshard.worker.device.cpu import usable_cpus
-from redshard.worker.gpu_worker import GpuWorker
+from redshard.worker.memory.packing import PoolError
+from redshard.worker.model.handoff import HandoffType, Hidden, InboxOffer
 from redshard.worker.model.stage import Launched
-from redshard.worker.model.step_batch import StepResult
-from redshard.worker.model.step_inputs import BatchError
+from redshard.worker.model.step_batch import StepBatch, StepResult
+from redshard.worker.model.step_inputs import BatchError, StepLimits
+from redshard.worker.model.weights import StagePart
+from redshard.worker.worker import Worker, WorkerStats
+
+#: Exit status of a process whose device failed in a step.
+EXIT_DEVICE_FAILED = 88
+
+LOG_FORMAT = "%(asctime)s %(levelname)s stage {stage} (pid {pid}): %(message)s"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +51,35 @@ class DeviceReport:
     why_no_gpu: str = ""
 
 
-class StageActor(GpuWorker):
+class StageActor:
     """One stage of the pipeline, as a Ray actor; `step` is what the compiled graph calls.
 
     Args:
         stage: its number.
-        kind: of device.
+        kind: of device; see `open_device`.
         n_neighbours: stages on the same node, this one included: they share its cores evenly.
         configuration: of the worker.
+        log_level: a level of the logging module.
+
+    Raises:
+        DeviceError: the device cannot be opened.
     """
 
     def __init__(
-        self, stage: int, kind: DeviceKind, n_neighbours: int, configuration: WorkerConfiguration
+        self,
+        stage: int,
+        kind: DeviceKind,
+        n_neighbours: int,
+        configuration: WorkerConfiguration,
+        log_level: str = "WARNING",
     ) -> None:
-        n_threads = max(1, usable_cpus() // n_neighbours)
-        super().__init__(stage, kind, n_threads, configuration, log_level="WARNING")
+        log_format = LOG_FORMAT.format(stage=stage, pid=os.getpid())
+        logging.basicConfig(level=log_level, format=log_format, force=True)
         self._kind = kind
+        self._progress = (0, 0)
         self._step_began: float | None = None
         self._launched: Launched | BatchError | None = None
+        self._worker = Worker(open_device(kind, max(1, usable_cpus() // n_neighbours)), configuration)
 
     def report(self) -> DeviceReport:
         """The device, as it is now."""
@@ -61,9 +88,27 @@ class StageActor(GpuWorker):
         why_no_gpu = _why_no_gpu() if self._kind == "auto" and device.kind == "cpu" else ""
         return DeviceReport(device.properties.name, device.kind, free, total, place_name(), why_no_gpu)
 
-    def stats(self) -> dict[str, Any]:
-        """The fields of `WorkerStats`, and the process id."""
-        return {**super().stats(), "pid": os.getpid()}
+    def load(
+        self,
+        path: str,
+        part: StagePart,
+        limits: StepLimits,
+        handoff: HandoffType = "float32",
+        fingerprint: str | None = None,
+    ) -> WorkerStats:
+        """Load a part of a model; arguments and errors as for `Worker.load`."""
+        return self._worker.load(
+            path,
+            part,
+            limits,
+            handoff=handoff,
+            fingerprint=fingerprint,
+            progress=self._note_progress,
+        )
+
+    def progress(self) -> tuple[int, int]:
+        """(bytes uploaded, bytes in total); may be called while `load` runs. (0, 0) before it begins."""
+        return self._progress
 
     def step(self, message: bytes, hidden: bytes = b"") -> bytes:
         """One step: `wire.encode_batch` in, on later stages with `wire.encode_hidden` of the stage before.
@@ -99,10 +144,98 @@ class StageActor(GpuWorker):
         assert isinstance(result, StepResult)  # one stage is all there is
         return encode_result(result)
 
+    def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
+        """One step; as `Stage.run`, except that a device that fails ends the process.
+
+        After most failures a runtime answers every call of the process with the same error. Whoever watches
+        the process starts another, which loads the stage again.
+        """
+        return self.finish(self.launch(batch, hidden))
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether steps may overlap: the whole model is here, on a device that queues work."""
+        part = self._worker.stage.part
+        return part.is_first and part.is_last and self._worker.device.queues_work
+
+    def launch(self, batch: StepBatch, hidden: Hidden | None = None) -> Launched:
+        """Put one step on its way; as `Stage.launch`, except as for `run`."""
+        with _failures_end_the_process():
+            return self._worker.stage.launch(batch, hidden)
+
+    def finish(self, launched: Launched) -> Hidden | StepResult:
+        """Wait for a step; as `Stage.finish`, except as for `run`."""
+        with _failures_end_the_process():
+            return self._worker.stage.finish(launched)
+
     def step_seconds(self) -> float:
         """How long the present step has been running; 0 between steps. Answers while a step runs."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
+
+    def open_inbox(self, n_slots: int) -> InboxOffer | None:
+        """As `Handoff.open_inbox`; None where that is impossible."""
+        try:
+            return self._worker.stage.handoff.open_inbox(n_slots)
+        except (DeviceError, PoolError) as error:
+            logger.warning("hidden states come in through host memory: %s", error)
+            return None
+
+    def connect(self, offer: InboxOffer | None) -> bytes:
+        """As `Handoff.connect`; nothing, and the way through host memory, where that is impossible.
+
+        If the device is of no use after an attempt, the process ends, as in `run`.
+        """
+        handoff = self._worker.stage.handoff
+        try:
+            if offer is not None:
+                return handoff.connect(offer)
+            handoff.disconnect()
+        except DeviceError as error:
+            logger.warning("hidden states leave through host memory: %s", error)
+            try:
+                self._worker.device.synchronize()
+            except DeviceError as lasting:
+                _end_process(lasting)
+        return b""
+
+    def finds(self, probe: bytes) -> bool:
+        """Whether what `connect` gave on the stage before has arrived; False for nothing."""
+        return bool(probe) and self._worker.stage.handoff.finds(probe)
+
+    def disconnect(self) -> None:
+        """Send hidden states through host memory from now on."""
+        self.connect(None)
+
+    def memory_map(self) -> dict[str, Any]:
+        """What is allocated on the device, as plain dicts, lists, numbers and strings."""
+        return self._worker.memory_map().to_dict()
+
+    def stats(self) -> dict[str, Any]:
+        """The fields of `WorkerStats`, and the process id."""
+        return asdict(self._worker.stats()) | {"pid": os.getpid()}
+
+    def close(self) -> None:
+        """Free everything on the device. Idempotent."""
+        self._worker.close()
+
+    def _note_progress(self, done: int, total: int) -> None:
+        self._progress = (done, total)
+
+
+@contextmanager
+def _failures_end_the_process() -> Iterator[None]:
+    try:
+        yield
+    except DeviceError as error:
+        _end_process(error)
+
+
+def _end_process(error: DeviceError) -> NoReturn:
+    logger.critical("the device failed; ending the process: %s", error)
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    os._exit(EXIT_DEVICE_FAILED)
 
 
 def place_name() -> str:

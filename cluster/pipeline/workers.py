@@ -23,7 +23,6 @@ from redshard.worker.device.base import DeviceError
 from redshard.worker.device.choose import DeviceKind
 from redshard.worker.memory.packing import PoolError
 from redshard.worker.model.handoff import HandoffType
-from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_inputs import StepLimits
 from redshard.worker.model.weights import StagePart
 from redshard.worker.worker import WorkerStats
@@ -84,7 +83,7 @@ class WorkerGroup:
         self._kind, self._configuration = kind, configuration
         self._actor_class: Any = ray.remote(actor_class)
         self._order: LoadOrder | None = None
-        self._pipeline: StageGraph | None = None
+        self._graph: StageGraph | None = None
         self._through_host: set[int] = set()
         self._progress = [(0, 0)] * n_stages
         self._reports: dict[int, DeviceReport] = {}
@@ -146,15 +145,11 @@ class WorkerGroup:
 
     # What the engine needs
 
-    def submit(self, batch: StepBatch) -> None:
-        """As `StageGraph.submit`."""
-        assert self._pipeline is not None
-        self._pipeline.submit(batch)
-
-    def collect(self) -> StepResult:
-        """As `StageGraph.collect`."""
-        assert self._pipeline is not None
-        return self._pipeline.collect()
+    @property
+    def steps(self) -> StageGraph:
+        """The way of steps through the stages."""
+        assert self._graph is not None
+        return self._graph
 
     def restore(self, loss: StepLost) -> None:
         """Replace dead and hung workers, on other GPUs if there are any, load and connect all stages anew.
@@ -168,9 +163,9 @@ class WorkerGroup:
 
     def close(self) -> None:
         """End all actors and give back their resources. Idempotent."""
-        if self._pipeline is not None:
-            self._pipeline.close()
-            self._pipeline = None
+        if self._graph is not None:
+            self._graph.close()
+            self._graph = None
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
@@ -187,9 +182,9 @@ class WorkerGroup:
     def _replace(self, stages: list[int]) -> None:
         for stage in stages:
             ray.kill(self._actors[stage])
-        if self._pipeline is not None:
-            self._pipeline.close()  # after the kills, for it waits until every stage that lives has let go
-            self._pipeline = None
+        if self._graph is not None:
+            self._graph.close()  # after the kills, for it waits until every stage that lives has let go
+            self._graph = None
         for stage in stages:
             self._placement.move(stage)
             self._actors[stage] = self._start(stage)
@@ -295,9 +290,7 @@ class WorkerGroup:
             for stage in range(self.n_stages - 1):
                 if self._share_a_host(stage, stage + 1):
                     self._connect_devices(stage)
-            self._pipeline = StageGraph(
-                self._actors, self._max_in_flight, self._configuration.deadlines.step_s
-            )
+            self._graph = StageGraph(self._actors, self._max_in_flight, self._configuration.deadlines.step_s)
         except ray.exceptions.RayError as error:
             why = f"died while the stages were connected: {reason(error)}"
             raise _StagesLost(self._lost_stages(timed_out=False), why) from error

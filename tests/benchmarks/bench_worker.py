@@ -70,7 +70,7 @@ class Bench:
             sampling=sampling,
         )
         start = time.perf_counter()
-        self.worker.run(batch)
+        self.worker.stage.run(batch)
         return time.perf_counter() - start
 
     def _take_table_entries(self) -> np.ndarray:

@@ -58,7 +58,7 @@ class LinkedStage(StageActor):
         for _ in range(repeats):
             self._outbound.recv_bytes()  # the receiver waits
             began = time.perf_counter()
-            hidden = self._worker.handoff.send(len(batch.token_ids))
+            hidden = self._worker.stage.handoff.send(len(batch.token_ids))
             waited = time.perf_counter()
             self._outbound.send_bytes(encode_hidden(hidden))
             times.append((began, waited))
@@ -71,7 +71,7 @@ class LinkedStage(StageActor):
             self._inbound.send_bytes(b"ready")
             message = self._inbound.recv_bytes()
             arrived = time.perf_counter()
-            self._worker.handoff.take(decode_hidden(message), n_tokens)
+            self._worker.stage.handoff.take(decode_hidden(message), n_tokens)
             self._worker.device.synchronize()
             times.append((arrived, time.perf_counter()))
         return times

@@ -88,7 +88,8 @@ class Pipeline:
         """A step through all stages."""
         values = None
         for worker in self.workers:
-            values = worker.run(batch, values)
+            stage = worker.stage if isinstance(worker, Worker) else worker
+            values = stage.run(batch, values)
         assert isinstance(values, StepResult)
         return values
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +15,8 @@ from redshard.loader.gguf.quant_types import QuantType
 from redshard.worker.configuration import PoolSettings, WorkerConfiguration
 from redshard.worker.device.base import DeviceError
 from redshard.worker.device.choose import open_device
-from redshard.worker.gpu_worker import GpuWorker
 from redshard.worker.memory.packing import PoolError
-from redshard.worker.model.step_batch import TABLE_ENTRY_DTYPE, StepBatch, StepResult
+from redshard.worker.model.step_batch import TABLE_ENTRY_DTYPE, StepBatch
 from redshard.worker.model.step_inputs import StepLimits
 from redshard.worker.model.step_memory import step_bytes
 from redshard.worker.model.weights import StagePart
@@ -67,8 +61,8 @@ def test_figures(model: Path) -> None:
     assert stats.weight_bytes_per_token == stats.weight_bytes - (CONFIG.n_vocab - 1) * table_row
     held = worker.memory_map()
     assert held.allocated_bytes == stats.weight_bytes + stats.kv_bytes + stats.other_bytes
-    worker.run(_batch())
-    worker.run(_batch())
+    worker.stage.run(_batch())
+    worker.stage.run(_batch())
     assert (worker.stats().steps, worker.stats().tokens) == (2, 6)
     assert worker.stats().busy_s > 0
     worker.close()
@@ -96,7 +90,7 @@ def test_few_allocations_and_none_in_steps(model: Path) -> None:
     loaded = worker.memory_map()
     assert loaded.allocations <= -(-stats.weight_bytes // (1 << 18)) + 8
     for n_tokens in (1, 2, 16):
-        worker.run(_batch(n_tokens))
+        worker.stage.run(_batch(n_tokens))
     assert worker.memory_map() == loaded
     worker.close()
 
@@ -139,7 +133,7 @@ def test_parts_that_are_none(model: Path, part: StagePart) -> None:
 
 def test_wrong_use(model: Path, tmp_path: Path) -> None:
     worker = _worker()
-    for call in (lambda: worker.run(_batch()), worker.stats):
+    for call in (lambda: worker.stage.run(_batch()), worker.stats):
         with pytest.raises(ValueError, match="not loaded"):
             call()
     with pytest.raises(GGUFError, match=r"missing\.gguf"):
@@ -157,32 +151,3 @@ def test_devices_that_are_not_there() -> None:
             open_device(kind)
     with pytest.raises(DeviceError, match="'tpu'"):
         open_device("tpu")
-
-
-@pytest.fixture
-def root_logger() -> Iterator[logging.Logger]:
-    """The root logger, which an actor sets up for its process; restored afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield root
-    root.handlers[:], root.level = handlers, level
-
-
-def test_actor_class(model: Path, root_logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = split(3, 2)
-    workers = [GpuWorker(stage, "cpu", 1) for stage in range(2)]
-    assert workers[0].progress() == (0, 0)
-    stats = [workers[0].load(str(model), first, LIMITS), workers[1].load(str(model), second, LIMITS)]
-    assert f"INFO stage 1 (pid {os.getpid()}): loaded layers [1, 3)" in capsys.readouterr().err
-    assert workers[0].progress() == (stats[0].weight_bytes, stats[0].weight_bytes)
-    result = workers[1].run(_batch(), workers[0].run(_batch()))
-    assert isinstance(result, StepResult)
-    assert workers[1].stats()["steps"] == 1
-    assert workers[1].memory_map()["allocated_bytes"] > stats[1].weight_bytes
-    for worker in workers:
-        worker.close()
-
-
-def test_modules_do_not_need_ray() -> None:
-    code = "import sys; import redshard.worker.gpu_worker; sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

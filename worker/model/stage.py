@@ -84,6 +84,7 @@ class Stage:
     Attributes:
         part: what it has of the model.
         handoff: how hidden states come in and leave; through host memory, unless connected otherwise.
+        steps, tokens: run so far; busy_s: seconds that a step was under way.
 
     Raises:
         PoolError: the device has no room.
@@ -104,6 +105,8 @@ class Stage:
         self.part = weights.part
         self._pool, self._device, self._config = pool, pool.device, weights.config
         config = weights.config
+        self.steps = self.tokens = 0
+        self.busy_s = 0.0
         self._deadline = StepDeadline(pool.deadlines.step_s)
         self._idle_since = 0.0
         self._outputs = SampleOutputs(limits.max_outputs)
@@ -200,6 +203,7 @@ class Stage:
             DeviceError: the device failed.
         """
         if launched.result is not None:
+            self._count(launched)
             return launched.result
         batch = launched.batch
         with self._guard(len(batch.token_ids)):
@@ -210,9 +214,7 @@ class Stage:
                 out = self._outputs.read(
                     launched.results.array, batch.step_id, len(batch.output_rows), batch.n_top
                 )
-        now = time.monotonic()
-        self._deadline.note(len(batch.token_ids), now - max(launched.began, self._idle_since))
-        self._idle_since = now
+        self._count(launched)
         return out
 
     @property
@@ -319,6 +321,16 @@ class Stage:
     def _guard(self, rows: int) -> Guard:
         """Ends the process if the block takes longer than a step of so many rows may."""
         return self._pool.watchdog.guard(f"a step of {rows} tokens", self._deadline.of(rows))
+
+    def _count(self, launched: Launched) -> None:
+        """Note a step that is done."""
+        now, n_tokens = time.monotonic(), len(launched.batch.token_ids)
+        seconds = now - max(launched.began, self._idle_since)
+        self._deadline.note(n_tokens, seconds)
+        self._idle_since = now
+        self.steps += 1
+        self.tokens += n_tokens
+        self.busy_s += seconds
 
     def _refuse_others_than_finite(self, what: str, n_tokens: int) -> None:
         """Raise BatchError if the residual stream is not finite."""

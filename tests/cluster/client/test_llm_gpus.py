@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
+from support.llms import llm_of
 from support.stages import Pipeline
 from support.standin_stage_actor import standin_stage_actor
 
@@ -38,7 +39,7 @@ def open_llm(ray_instance: None, tmp_path: Path) -> Iterator[OpenLLM]:
         for name, value in (trouble or {}).items():
             (tmp_path / name).write_text(str(value))
         opened.append(
-            LLM(
+            llm_of(standin_stage_actor(tmp_path))(
                 MODEL,
                 stages=2,
                 device="hip",
@@ -49,7 +50,6 @@ def open_llm(ray_instance: None, tmp_path: Path) -> Iterator[OpenLLM]:
                         **{"allocate_s": 5, "copy_s": 30, "step_s": 30, "start_s": 60} | deadlines
                     )
                 ),
-                stage_class=standin_stage_actor(tmp_path),
             )
         )
         return opened[-1]

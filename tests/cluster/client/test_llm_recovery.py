@@ -18,6 +18,7 @@ import ray
 from support.fake_stage_actor import FakeStageActor
 from support.fake_worker import generate
 from support.gguf_models import tiny_config, write_model
+from support.llms import llm_of
 
 from redshard.cluster.client.llm import LLM
 from redshard.cluster.engine.sampling_params import SamplingParams
@@ -40,9 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(ray_instance: None, model: Path) -> Iterator[LLM]:
     """Two stages, and a short deadline."""
     worker = WorkerConfiguration(deadlines=Deadlines(step_s=2))
-    with LLM(
-        model, stages=2, device="cpu", max_context=256, stage_class=FakeStageActor, worker=worker
-    ) as llm:
+    with llm_of(FakeStageActor)(model, stages=2, device="cpu", max_context=256, worker=worker) as llm:
         yield llm
 
 
@@ -129,7 +128,7 @@ class PickyStageActor(FakeStageActor):
 
 def test_a_step_that_a_stage_refuses_fails_its_request_alone(ray_instance: None, model: Path) -> None:
     one = SamplingParams(temperature=0, max_tokens=1)
-    with LLM(model, stages=2, device="cpu", max_context=256, stage_class=PickyStageActor) as llm:
+    with llm_of(PickyStageActor)(model, stages=2, device="cpu", max_context=256) as llm:
         before = pids(llm)
         with pytest.raises(RequestError, match="not to its taste"):
             llm.generate([[63, 1]], one)
@@ -160,7 +159,7 @@ def test_answers_beside_a_failed_one_are_kept(ray_instance: None, model: Path) -
 
 
 def test_every_stage_on_gpus_has_one_of_its_own(ray_instance: None, model: Path) -> None:
-    with LLM(model, stages=2, device="hip", max_context=256, stage_class=FakeStageActor) as llm:
+    with llm_of(FakeStageActor)(model, stages=2, device="hip", max_context=256) as llm:
         workers = llm.stats()["workers"]
         os.kill(workers[0]["pid"], signal.SIGKILL)
         assert llm.generate([1, 2], GREEDY)[0].token_ids == generate([1, 2], 100, 2)
@@ -168,7 +167,7 @@ def test_every_stage_on_gpus_has_one_of_its_own(ray_instance: None, model: Path)
     assert sorted(gpu for worker in workers for gpu in worker["gpus"]) == [0, 1]
     assert [worker["gpus"] for worker in replaced] == [[2], workers[1]["gpus"]]
     with pytest.raises(CapacityError, match=r"4 stages must have 4 GPUs, but the cluster has 3"):
-        LLM(model, stages=4, device="hip", stage_class=FakeStageActor)
+        llm_of(FakeStageActor)(model, stages=4, device="hip")
 
 
 class SettledStageActor(FakeStageActor):
@@ -179,7 +178,7 @@ class SettledStageActor(FakeStageActor):
 
 
 def test_a_gpu_where_the_file_is_missing_is_left_again(ray_instance: None, model: Path) -> None:
-    with LLM(model, stages=2, device="hip", max_context=256, stage_class=SettledStageActor) as llm:
+    with llm_of(SettledStageActor)(model, stages=2, device="hip", max_context=256) as llm:
         workers = llm.stats()["workers"]
         os.kill(workers[0]["pid"], signal.SIGKILL)
         assert llm.generate([1, 2], GREEDY)[0].token_ids == generate([1, 2], 100, 2)
@@ -187,7 +186,7 @@ def test_a_gpu_where_the_file_is_missing_is_left_again(ray_instance: None, model
 
 
 def test_nothing_is_left_after_closing(ray_instance: None, model: Path) -> None:
-    with LLM(model, stages=2, device="cpu", max_context=256, stage_class=FakeStageActor) as llm:
+    with llm_of(FakeStageActor)(model, stages=2, device="cpu", max_context=256) as llm:
         processes = pids(llm)
         assert all(map(is_alive, processes))
     wait_until_dead(processes)

@@ -17,10 +17,11 @@ from support.gguf_models import tiny_config, write_model
 SCRIPT = """
 import sys
 from support.fake_stage_actor import FakeStageActor
-from redshard import LLM, SamplingParams
+from support.llms import llm_of
+from redshard import SamplingParams
 
 print("starting", flush=True)
-llm = LLM(sys.argv[1], stages=2, device="cpu", max_context=256, stage_class=FakeStageActor)
+llm = llm_of(FakeStageActor)(sys.argv[1], stages=2, device="cpu", max_context=256)
 params = SamplingParams(max_tokens=50, ignore_eos=True)
 print(llm.generate([[1, 2]], params)[0].finish_reason, flush=True)
 while True:

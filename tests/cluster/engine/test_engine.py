@@ -52,16 +52,20 @@ class ToyStages:
 
     def _start(self) -> None:
         self.stages = [FakeStage(i, 2, LIMITS.n_kv_blocks, LIMITS.block_size) for i in range(2)]
-        self.steps: deque[StepBatch] = deque()
+        self.under_way: deque[StepBatch] = deque()
+
+    @property
+    def steps(self) -> ToyStages:
+        return self
 
     def submit(self, batch: StepBatch) -> None:
-        self.steps.append(batch)
+        self.under_way.append(batch)
 
     def collect(self) -> StepResult:
         if self.slow.is_set():
             time.sleep(0.005)
         self.collected += 1
-        batch = self.steps.popleft()
+        batch = self.under_way.popleft()
         if self.collected in self.fail_at or self.poison in batch.token_ids:
             raise StepLost("a stage died")
         if self.unusable in batch.token_ids:

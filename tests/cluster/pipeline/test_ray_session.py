@@ -17,13 +17,14 @@ SCRIPT = """
 import asyncio, sys
 import ray
 from support.fake_stage_actor import FakeStageActor
+from support.llms import llm_of
 from support.fake_worker import generate
-from redshard import LLM, PipelineError, SamplingParams
+from redshard import PipelineError, SamplingParams
 
 params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 
 def load():
-    return LLM(sys.argv[1], device="cpu", max_context=64, stage_class=FakeStageActor)
+    return llm_of(FakeStageActor)(sys.argv[1], device="cpu", max_context=64)
 
 def check_closed(llm):
     calls = [

@@ -13,11 +13,10 @@ from support import standin
 from support.stage_process import StageProcess, connect
 from support.stages import LIMITS, CachedSequence, Pipeline, split
 
-from redshard.cluster.pipeline.stage_actor import StageActor
+from redshard.cluster.pipeline.stage_actor import EXIT_DEVICE_FAILED, StageActor
 from redshard.worker.configuration import PoolSettings, WorkerConfiguration
 from redshard.worker.device.base import DeviceError
 from redshard.worker.device.choose import open_device
-from redshard.worker.gpu_worker import EXIT_DEVICE_FAILED
 from redshard.worker.memory.pool import PoolError
 from redshard.worker.model.handoff import InboxOffer, InSlot
 from redshard.worker.model.step_inputs import BatchError
@@ -145,17 +144,17 @@ def last_stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
 
 def test_slots_that_are_not_there(last_stage: Worker) -> None:
     with pytest.raises(BatchError, match="slot 0, but this stage has no inbox"):
-        last_stage.handoff.take(InSlot(0), 1)
-    last_stage.handoff.open_inbox(2)
+        last_stage.stage.handoff.take(InSlot(0), 1)
+    last_stage.stage.handoff.open_inbox(2)
     for slot in (-1, 2):
         with pytest.raises(BatchError, match=f"slot {slot}: the inbox has 2 slots"):
-            last_stage.handoff.take(InSlot(slot), 1)
+            last_stage.stage.handoff.take(InSlot(slot), 1)
     with pytest.raises(PoolError, match="has 2 slots, but 3 are wanted"):
-        last_stage.handoff.open_inbox(3)
+        last_stage.stage.handoff.open_inbox(3)
 
 
 def test_an_inbox_that_cannot_be_opened(last_stage: Worker) -> None:
-    handoff = last_stage.handoff
+    handoff = last_stage.stage.handoff
     with pytest.raises(DeviceError, match="hipIpcOpenMemHandle"):
         handoff.connect(handoff.open_inbox(2))  # of the same process
     assert handoff.sends_by == "host memory"
@@ -165,13 +164,13 @@ def test_an_inbox_that_cannot_be_opened(last_stage: Worker) -> None:
 def test_an_inbox_without_room(last_stage: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STANDIN_HIP_FAIL_ALLOCATION", str(standin.count("allocations") + 1))
     with pytest.raises(PoolError, match="allocating 'inbox'"):
-        last_stage.handoff.open_inbox(2)
+        last_stage.stage.handoff.open_inbox(2)
 
 
 def test_the_cpu_shares_no_memory() -> None:
     with Pipeline(MODEL, 2, limits=LIMITS) as pipeline:
         with pytest.raises(DeviceError, match="shares no memory"):
-            pipeline.workers[1].handoff.open_inbox(2)
+            pipeline.workers[1].stage.handoff.open_inbox(2)
         with pytest.raises(DeviceError, match="shares no memory"):
-            pipeline.workers[0].handoff.connect(InboxOffer(bytes(64), 2, 1 << 20))
+            pipeline.workers[0].stage.handoff.connect(InboxOffer(bytes(64), 2, 1 << 20))
         assert pipeline.workers[0].stats().sends_by == "host memory"

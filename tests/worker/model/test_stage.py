@@ -123,13 +123,13 @@ def test_tokens_are_looked_up_by_slot(model: Path) -> None:
         ends = np.array([19, 22], np.int32)
         sampling = _greedy(2, repeat_penalty=1.3, count_newest=1)
         sampling["slot"] = [0, 1]
-        stage = pipeline.workers[0]
-        launched = [stage.launch(replace(batch, output_rows=ends, sampling=sampling))]
+        worker = pipeline.workers[0]
+        launched = [worker.stage.launch(replace(batch, output_rows=ends, sampling=sampling))]
         tokens = []
         for _ in range(6):
             batch = pipeline.batch([(sequence, [-1 - slot]) for slot, sequence in enumerate(sequences)])
-            launched.append(stage.launch(replace(batch, sampling=sampling)))
-            tokens.append(stage.finish(launched.pop(0)).tokens)
+            launched.append(worker.stage.launch(replace(batch, sampling=sampling)))
+            tokens.append(worker.stage.finish(launched.pop(0)).tokens)
         np.testing.assert_array_equal(tokens, _one_by_one(pipeline, prompts, 6))
 
 
@@ -190,15 +190,15 @@ def test_hidden_states_between_stages(model: Path) -> None:
     with Pipeline(model, 2) as pipeline:
         first, last = pipeline.workers
         batch = replace(pipeline.batch([(CachedSequence(), _prompt(5))]), return_logits=True)
-        hidden = first.run(batch)
+        hidden = first.stage.run(batch)
         assert isinstance(hidden, np.ndarray)
         assert (hidden.shape, hidden.dtype) == ((5, tiny_config().n_embd), np.float32)
         for wrong in (None, hidden[:4], hidden.astype(np.float64), hidden.T):
             with pytest.raises(BatchError, match="hidden states"):
-                last.run(batch, wrong)
+                last.stage.run(batch, wrong)
         with pytest.raises(BatchError, match="hidden states"):
-            first.run(batch, hidden)
-        last.run(batch, hidden)
+            first.stage.run(batch, hidden)
+        last.stage.run(batch, hidden)
 
 
 def _with_entry(**changes: int) -> Callable[[StepBatch], StepBatch]:
