@@ -116,6 +116,9 @@ class StageActor:
         Gives `wire.encode_hidden`, or on the last stage `wire.encode_result`. A worker that `runs_behind`
         launches a step and gives the result of the step before, so that its device never waits for the host;
         an empty message asks it for the last result. Others let an empty message through as it is.
+
+        After most failures a runtime answers every call of the process with the same error, so a device that
+        fails ends the process. Whoever watches it starts another, which loads the stage again.
         """
         self._step_began = time.monotonic()
         try:
@@ -131,42 +134,31 @@ class StageActor:
     def _step_behind(self, message: bytes) -> bytes:
         """Launch a step, if there is one, and wait for the one before, if there is one."""
         before, self._launched = self._launched, None
-        if message:
-            try:
-                self._launched = self.launch(decode_batch(message))
-            except BatchError as refused:
-                self._launched = refused
-        if isinstance(before, BatchError):
-            raise before
-        if before is None:
-            return b""
-        result = self.finish(before)
+        stage = self._worker.stage
+        with _failures_end_the_process():
+            if message:
+                try:
+                    self._launched = stage.launch(decode_batch(message))
+                except BatchError as refused:
+                    self._launched = refused
+            if isinstance(before, BatchError):
+                raise before
+            if before is None:
+                return b""
+            result = stage.finish(before)
         assert isinstance(result, StepResult)  # one stage is all there is
         return encode_result(result)
 
     def run(self, batch: StepBatch, hidden: Hidden | None = None) -> Hidden | StepResult:
-        """One step; as `Stage.run`, except that a device that fails ends the process.
-
-        After most failures a runtime answers every call of the process with the same error. Whoever watches
-        the process starts another, which loads the stage again.
-        """
-        return self.finish(self.launch(batch, hidden))
+        """One step; as `Stage.run`, except as for `step`."""
+        with _failures_end_the_process():
+            return self._worker.stage.run(batch, hidden)
 
     @property
     def runs_behind(self) -> bool:
         """Whether steps may overlap: the whole model is here, on a device that queues work."""
         part = self._worker.stage.part
         return part.is_first and part.is_last and self._worker.device.queues_work
-
-    def launch(self, batch: StepBatch, hidden: Hidden | None = None) -> Launched:
-        """Put one step on its way; as `Stage.launch`, except as for `run`."""
-        with _failures_end_the_process():
-            return self._worker.stage.launch(batch, hidden)
-
-    def finish(self, launched: Launched) -> Hidden | StepResult:
-        """Wait for a step; as `Stage.finish`, except as for `run`."""
-        with _failures_end_the_process():
-            return self._worker.stage.finish(launched)
 
     def step_seconds(self) -> float:
         """How long the present step has been running; 0 between steps. Answers while a step runs."""
@@ -184,7 +176,7 @@ class StageActor:
     def connect(self, offer: InboxOffer | None) -> bytes:
         """As `Handoff.connect`; nothing, and the way through host memory, where that is impossible.
 
-        If the device is of no use after an attempt, the process ends, as in `run`.
+        If the device is of no use after an attempt, the process ends, as in `step`.
         """
         handoff = self._worker.stage.handoff
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,10 @@ class FakeStageActor(StageActor):
         """An empty cache."""
         n_stages = self._stage_number + (1 if part.is_last else 2)
         self._fake = FakeStage(self._stage_number, n_stages, limits.n_kv_blocks, limits.block_size)
+        # A step is done when it is launched.
+        self._worker = SimpleNamespace(
+            stage=SimpleNamespace(launch=self.run, finish=lambda launched: launched)
+        )
         self._progress = (1, 1)
         return {"layers": len(part.layers)}
 
@@ -51,14 +56,6 @@ class FakeStageActor(StageActor):
     def runs_behind(self) -> bool:
         """As a GPU that has the whole model."""
         return self._fake.n_stages == 1
-
-    def launch(self, batch: StepBatch) -> Any:
-        """Nothing waits for what is launched here."""
-        return self.run(batch)
-
-    def finish(self, launched: Any) -> Any:
-        """What was launched."""
-        return launched
 
     def run(self, batch: StepBatch, hidden: np.ndarray | None = None) -> np.ndarray | StepResult:
         """One step of the toy model."""

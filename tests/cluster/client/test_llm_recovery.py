@@ -139,8 +139,8 @@ def test_a_step_that_a_stage_refuses_fails_its_request_alone(ray_instance: None,
 
 def test_answers_beside_a_failed_one_are_kept(ray_instance: None, model: Path) -> None:
     prompts, one = [[1, 2], [63, 1], [3, 4]], SamplingParams(temperature=0, max_tokens=1)
-    options = {"device": "cpu", "max_context": 256, "stage_class": PickyStageActor}
-    with LLM(model, max_sequences=1, **options) as llm:  # each in steps of its own
+    each_in_its_own_steps = {"max_sequences": 1}
+    with llm_of(PickyStageActor)(model, device="cpu", max_context=256, **each_in_its_own_steps) as llm:
         with pytest.raises(RequestError, match=r"1 of 3 requests failed; the first: .*taste") as failed:
             llm.generate(prompts, one)
         completions = failed.value.completions
