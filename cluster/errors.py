@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from redshard.cluster.completion import Completion
 
 
 class RedshardError(Exception):
@@ -25,11 +25,10 @@ class RequestError(RedshardError):
     """A request could not be finished: its steps killed their workers again and again, or it was cancelled.
 
     Attributes:
-        completions: of `generate`, all answers, `Completion` each; those that failed end with the finish
-            reason "error".
+        completions: of `generate`, all answers; those that failed end with the finish reason "error".
     """
 
-    completions: list[Any] | None = None
+    completions: list[Completion] | None = None
 
 
 class PipelineError(RedshardError):

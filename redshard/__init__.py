@@ -10,9 +10,8 @@ from pkgutil import extend_path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from redshard.cluster.client.completion import Completion, CompletionChunk, Usage
     from redshard.cluster.client.llm import LLM
-    from redshard.cluster.engine.requests import TokenLogprob
+    from redshard.cluster.completion import Completion, CompletionChunk, TokenLogprob, Usage
     from redshard.cluster.engine.sampling_params import SamplingParams
     from redshard.cluster.errors import (
         ModelError,
@@ -44,9 +43,8 @@ __all__ = [
 __path__ = extend_path(__path__, __name__)
 
 _HOMES = {
-    "cluster.client.completion": ("Completion", "CompletionChunk", "Usage"),
     "cluster.client.llm": ("LLM",),
-    "cluster.engine.requests": ("TokenLogprob",),
+    "cluster.completion": ("Completion", "CompletionChunk", "TokenLogprob", "Usage"),
     "cluster.engine.sampling_params": ("SamplingParams",),
     "cluster.errors": (
         "ModelError",

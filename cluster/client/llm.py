@@ -19,9 +19,10 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import ray
 
-from redshard.cluster.client.completion import ChunkStream, Completion, CompletionChunk, completion
+from redshard.cluster.client.completions import ChunkStream, completion
 from redshard.cluster.client.prompts import Prompt, PromptEncoder, as_list, check_token_ids, params_of_each
 from redshard.cluster.client.session import ClientSession, end_coordinator, unwrapped
+from redshard.cluster.completion import Completion, CompletionChunk
 from redshard.cluster.engine.requests import Increment, Request
 from redshard.cluster.engine.sampling_params import SamplingParams
 from redshard.cluster.errors import ModelError, ParameterError, RequestError

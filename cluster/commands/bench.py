@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from redshard.cluster.client.completion import Usage
 from redshard.cluster.commands.loading import Loaded, loaded_model
 from redshard.cluster.commands.options import (
     DeviceName,
@@ -23,6 +22,7 @@ from redshard.cluster.commands.options import (
     SequencesOption,
     StagesOption,
 )
+from redshard.cluster.completion import Usage
 from redshard.cluster.engine.sampling_params import SamplingParams
 from redshard.cluster.errors import ParameterError
 from redshard.loader.gguf.gguf_file import GGUFFile

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from redshard.cluster.client.completion import CompletionChunk
+from redshard.cluster.completion import CompletionChunk
 from redshard.loader.units import format_bytes
 
 

@@ -13,7 +13,6 @@ from annotated_types import Ge, Le, Lt
 from rich.console import Console
 from rich.rule import Rule
 
-from redshard.cluster.client.completion import CompletionChunk
 from redshard.cluster.client.prompts import Prompt
 from redshard.cluster.commands.figures import Stopwatch
 from redshard.cluster.commands.loading import Loaded, loaded_model
@@ -27,6 +26,7 @@ from redshard.cluster.commands.options import (
     StagesOption,
 )
 from redshard.cluster.commands.text_files import STDIN, read_texts, shown_name, with_stdin_lines
+from redshard.cluster.completion import CompletionChunk
 from redshard.cluster.engine.sampling_params import SamplingParams
 from redshard.cluster.errors import ParameterError
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from redshard.cluster.completion import TokenLogprob
 from redshard.cluster.engine.sampling_params import SamplingParams
 
 
@@ -28,21 +29,6 @@ class Request:
     seed: int = 0
     stream: bool = False
     wants_logits: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A generated token's log probability by the model, before penalties, temperature and truncation.
-
-    Attributes:
-        token_id: the token.
-        logprob: natural logarithm.
-        top: (token id, logprob) of the most probable tokens, best first, as many as were asked for.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True)

@@ -17,8 +17,8 @@ from support.llms import llm_of
 from support.stages import Pipeline
 from support.standin_stage_actor import standin_stage_actor
 
-from redshard.cluster.client.completion import Completion
 from redshard.cluster.client.llm import LLM
+from redshard.cluster.completion import Completion
 from redshard.cluster.engine.sampling_params import SamplingParams
 from redshard.cluster.errors import PipelineError
 from redshard.worker.configuration import Deadlines, WorkerConfiguration
