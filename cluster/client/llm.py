@@ -7,6 +7,7 @@ import logging
 import queue
 import secrets
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,8 +56,9 @@ OnProgress = Callable[[int, int], None]
 #: Threads of the coordinator actor: one waits for output, the others answer everything else.
 _COORDINATOR_THREADS = 8
 _PROGRESS_S = 0.1
-#: Requests of one call that are submitted and have not ended.
-_WINDOW = 4096
+#: Requests of one call that are submitted and have not ended, and tokens of their prompts: one call shall not
+#: fill the queue for all.
+_WINDOW, _WINDOW_TOKENS = 4096, 1 << 22
 
 
 class LLM:
@@ -209,7 +211,9 @@ class LLM:
             PromptError: there are no tokens, too many, or some outside the vocabulary.
         """
         tokens = self._prompts.encode(token_ids, n_answer=0)
-        request = Request(self._session.new_id(), tokens, SamplingParams(), wants_logits=True)
+        request = Request(
+            self._session.new_id(), tokens, SamplingParams(), wants_logits=True, client=self._session.name
+        )
         logits = np.empty((len(tokens), self.tokenizer.n_vocab), np.float32)
         for increment in self._increments([request]):
             if increment.logits is not None:
@@ -245,6 +249,7 @@ class LLM:
                 one,
                 seed=secrets.randbits(64) if one.seed is None else one.seed,
                 stream=stream,
+                client=self._session.name,
             )
             for tokens, one in zip(self._prompts.encode_all(each), chosen, strict=True)
         ]
@@ -290,7 +295,7 @@ class LLM:
         try:
             while not progress.is_done:
                 if due := progress.take_due():
-                    await self._session.register(due, deliver)
+                    await asyncio.to_thread(self._session.wait, self._session.register(due, deliver))
                 increment = await arrived.get()
                 progress.note(increment)
                 yield increment
@@ -354,30 +359,38 @@ class _Progress:
     """Which requests of a call are to be submitted next, and what became of those that have ended."""
 
     def __init__(self, requests: list[Request]) -> None:
-        self._requests = requests
-        self._n_submitted = self._n_ended = 0
+        self._n_requests = len(requests)
+        self._waiting = deque(requests)
+        self._under_way: dict[str, int] = {}  # tokens of the prompt, by request
+        self._n_tokens = 0  # of those under way
         self._errors: list[str] = []
 
     @property
     def is_done(self) -> bool:
-        return self._n_ended == len(self._requests)
+        return not (self._waiting or self._under_way)
 
     def take_due(self) -> list[Request]:
-        """More requests, when half of the window is free: one call shall not fill the queue for all."""
-        if self._n_submitted - self._n_ended > _WINDOW // 2:
-            return []
-        begin, self._n_submitted = self._n_submitted, self._n_ended + _WINDOW
-        return self._requests[begin : self._n_submitted]
+        """More requests, once half of the window is free."""
+        due: list[Request] = []
+        if len(self._under_way) > _WINDOW // 2 or self._n_tokens > _WINDOW_TOKENS // 2:
+            return due
+        while self._waiting and len(self._under_way) < _WINDOW and self._n_tokens < _WINDOW_TOKENS:
+            due.append(self._waiting.popleft())
+            n_tokens = len(due[-1].tokens)
+            self._under_way[due[-1].request_id] = n_tokens
+            self._n_tokens += n_tokens
+        return due
 
     def note(self, increment: Increment) -> None:
         """Count an increment that arrived."""
-        self._n_ended += increment.is_last
+        if increment.is_last:
+            self._n_tokens -= self._under_way.pop(increment.request_id)
         if increment.error is not None:
             self._errors.append(increment.error)
 
     def raise_first_error(self) -> None:
         """Raise RequestError if some of the requests failed."""
-        n, errors = len(self._requests), self._errors
+        n, errors = self._n_requests, self._errors
         if errors:
             several = f"{len(errors)} of {n} requests failed; the first: " if n > 1 else ""
             raise RequestError(f"{several}{errors[0]}")

@@ -46,6 +46,9 @@ class ClientSession:
     Args:
         coordinator: handle of the actor, which is serving.
         ray_session: the connection to Ray that the handle belongs to.
+
+    Attributes:
+        name: of this client; like no other in the cluster.
     """
 
     def __init__(self, coordinator: Any, ray_session: RaySession) -> None:
@@ -55,14 +58,14 @@ class ClientSession:
         # Reentrant, because garbage collection may close the session in a thread that holds it.
         self._lock = threading.RLock()
         self._ended: str | None = None
-        self._name = uuid.uuid4().hex
+        self.name = uuid.uuid4().hex
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._receive, name="redshard-increments", daemon=True)
         self._thread.start()
 
     def new_id(self) -> str:
         """An id for a request, like no other in the cluster."""
-        return f"{self._name}-{next(self._numbers)}"
+        return f"{self.name}-{next(self._numbers)}"
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the coordinator.
@@ -124,7 +127,7 @@ class ClientSession:
     def _receive(self) -> None:
         try:
             while True:
-                for increment in self.ask("poll", _POLL_S):
+                for increment in self.ask("poll", _POLL_S, self.name):
                     self._deliver(increment)
         except Exception as error:
             self._end(_explained(error))

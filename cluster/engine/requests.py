@@ -15,12 +15,13 @@ class Request:
     """One prompt to complete, or to give logits of.
 
     Attributes:
-        request_id: unique among the requests of this engine.
+        request_id: like no other in the cluster.
         tokens: of the prompt.
         params: how to go on.
         seed: of the draws; what `params.seed` says, or a fresh one.
         stream: report every step; otherwise once, at the end.
         wants_logits: give the logits of every position and generate nothing.
+        client: whose polls give the increments.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class Request:
     seed: int = 0
     stream: bool = False
     wants_logits: bool = False
+    client: str = ""
 
 
 @dataclass(slots=True)

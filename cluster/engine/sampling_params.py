@@ -101,4 +101,4 @@ def _sentence(error: ValidationError) -> str:
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown sampling parameter {name!r}; known are {', '.join(SamplingParams.model_fields)}"
-    return f"sampling parameter {name}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return f"sampling parameter {name}={first['input']!r:.80}: {first['msg'][:1].lower()}{first['msg'][1:]}"

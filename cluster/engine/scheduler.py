@@ -104,9 +104,8 @@ class Scheduler:
         self.limits = limits
         self.n_stages = n_stages
         self.blocks = BlockManager(limits.n_kv_blocks)
-        self.waiting: OrderedDict[str, Sequence] = (
-            OrderedDict()
-        )  # in order of arrival, all after those running
+        # In order of arrival, all after those running.
+        self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.running: list[Sequence] = []  # in order of arrival
         self.in_flight: dict[int, StepInFlight] = {}  # by number, in order
         self._sequences: dict[str, Sequence] = {}
@@ -284,6 +283,8 @@ class Scheduler:
     def _chunk_of_suspect(self, sequence: Sequence) -> list[Chunk]:
         """Its next tokens, once no step of another sequence is in flight."""
         if any(chunk.sequence is not sequence for step in self.in_flight.values() for chunk in step.chunks):
+            return []
+        if sequence.wants_logits and self.pauses_logits:
             return []
         if sequence.slot < 0:
             while self.running:

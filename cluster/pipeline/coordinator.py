@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from redshard.cluster.engine.engine import Engine
-from redshard.cluster.engine.requests import Increment, Request
+from redshard.cluster.engine.exchange import Exchange
 from redshard.cluster.engine.scheduler import STEPS_AHEAD, Scheduler
 from redshard.cluster.errors import ModelError, PipelineError
 from redshard.cluster.pipeline.plan import (
@@ -52,8 +52,8 @@ class PipelineInfo:
     warning: str
 
 
-class Coordinator:
-    """Owns the workers of one pipeline and the engine that feeds them.
+class Coordinator(Exchange):
+    """Owns the workers of one pipeline and the engine that feeds them; clients meet it as an exchange.
 
     As a Ray actor it needs several threads: `poll` waits for output while other calls come in.
 
@@ -62,6 +62,7 @@ class Coordinator:
     """
 
     def __init__(self, actor_class: type[StageActor] = StageActor) -> None:
+        super().__init__()
         logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s coordinator: %(message)s")
         self._actor_class = actor_class
         self._group: WorkerGroup | None = None
@@ -84,17 +85,9 @@ class Coordinator:
         """(bytes uploaded, bytes in total) of each stage; nothing before there are workers."""
         return self._group.progress() if self._group is not None else []
 
-    def add(self, requests: list[Request]) -> None:
-        """As `Engine.add`."""
-        self._serving().add(requests)
-
     def abort(self, request_ids: list[str], *submitted: None) -> None:
-        """As `Engine.abort`, once the calls of `add` have returned whose references are `submitted`."""
-        self._serving().abort(request_ids)
-
-    def poll(self, timeout: float) -> list[Increment]:
-        """As `Engine.poll`."""
-        return self._serving().poll(timeout)
+        """As `Exchange.abort`, once the calls of `add` have returned whose references are `submitted`."""
+        super().abort(request_ids)
 
     def state(self) -> str:
         """What it does: "loading", "serving", "recovering", "failed" or "closed"."""
@@ -149,7 +142,7 @@ class Coordinator:
         )
         workers = group.load(order, max_in_flight=settings.n_stages + STEPS_AHEAD)
         scheduler = Scheduler(limits, settings.n_stages)
-        self._engine = Engine(scheduler, group, tokenizer)
+        self._engine = Engine(scheduler, group, tokenizer, self)
         n_tokens = limits.n_kv_blocks * limits.block_size
         return PipelineInfo(scheduler.limits.max_length, n_tokens, workers, warning)
 
