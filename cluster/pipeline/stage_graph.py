@@ -16,6 +16,7 @@ import ray
 from ray.dag import InputNode
 
 from redshard.cluster.engine.engine import StepLost, StepRefused
+from redshard.cluster.pipeline.ray_errors import reason
 from redshard.cluster.pipeline.wire import decode_result, encode_batch
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_deadline import StepDeadline
@@ -97,4 +98,4 @@ def _steps_get_lost() -> Iterator[None]:
     except ray.exceptions.RayChannelTimeoutError as error:
         raise StepLost("a stage did not answer in time", timed_out=True) from error
     except ray.exceptions.RayError as error:
-        raise StepLost(str(error).partition("\n")[0]) from error
+        raise StepLost(reason(error)) from error
