@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -68,6 +69,10 @@ class SamplingParams(BaseModel):
         except ValidationError as error:
             raise ParameterError(_sentence(error)) from None
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> SamplingParams:
+        """As pydantic's, but what is updated is validated as well."""
+        return SamplingParams(**{**dict(self), **(update or {})})
+
     @field_validator("stop", mode="before")
     @classmethod
     def _one_or_many(cls, stop: Any) -> Any:
@@ -100,5 +105,5 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown sampling parameter {name!r}; known are {', '.join(SamplingParams.model_fields)}"
+        return f"unknown sampling parameter {name!r:.80}; known are {', '.join(SamplingParams.model_fields)}"
     return f"sampling parameter {name}={first['input']!r:.80}: {first['msg'][:1].lower()}{first['msg'][1:]}"

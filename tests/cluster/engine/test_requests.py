@@ -53,13 +53,27 @@ def test_defaults_are_those_of_llama_cpp() -> None:
         ({"stop": ["a", ""]}, "stop.1"),
         ({"logit_bias": {5: 101}}, "logit_bias"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids"),
+        ({"stop": ["x"] * 100_000}, "stop=.*at most 256"),
+        ({"stop": ["x" * 1025]}, "stop.0=.*at most 1024"),
+        ({"stop_token_ids": list(range(100_000))}, "stop_token_ids=.*at most 1024"),
+        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "logit_bias=.*at most 300"),
+        ({"x" * 100_000: 1}, "unknown sampling parameter"),
     ],
 )
 def test_bad_parameters_are_named(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ParameterError, match=reason) as caught:
         SamplingParams(**values)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(ParameterError):
+        SamplingParams().model_copy(update=values)
     assert isinstance(caught.value, (RedshardError, ValueError))
+
+
+def test_a_copy_keeps_what_is_not_updated() -> None:
+    params = SamplingParams(stop=["a", "b"], stop_token_ids=[1, 2], logit_bias={3: 1.0}, seed=4)
+    assert params.model_copy() == params
+    assert params.model_copy(update={"seed": 5}) == SamplingParams(**{**dict(params), "seed": 5})
 
 
 def test_a_temperature_near_zero_is_greedy() -> None:
