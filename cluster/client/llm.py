@@ -214,11 +214,12 @@ class LLM:
         request = Request(
             self._session.new_id(), tokens, SamplingParams(), wants_logits=True, client=self._session.name
         )
-        logits = np.empty((len(tokens), self.tokenizer.n_vocab), np.float32)
+        logits = np.empty((len(tokens), 0), np.float32)
         for increment in self._increments([request]):
-            if increment.logits is not None:
-                start = increment.logits_start
-                logits[start : start + len(increment.logits)] = increment.logits
+            if (part := increment.logits) is not None:
+                if not logits.size:  # a model may give more logits than its tokenizer has tokens
+                    logits = np.empty((len(tokens), part.shape[1]), np.float32)
+                logits[increment.logits_start : increment.logits_start + len(part)] = part
         return logits
 
     # Looking inside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,9 +59,9 @@ class Exchange:
         with self._changed:
             if self._refuses:
                 raise PipelineError(self._refuses)
-            known = self._unfinished.keys() & {request.request_id for request in requests}
-            if known:
-                raise ParameterError(f"request {known.pop()!r} is already there")
+            for request_id, n in Counter(request.request_id for request in requests).items():
+                if n > 1 or request_id in self._unfinished:
+                    raise ParameterError(f"request {request_id!r} is already there")
             for request, answer in zip(requests, prepared, strict=True):
                 error = answer if isinstance(answer, str) else self._lack_of_room(request)
                 if isinstance(answer, str) or error:

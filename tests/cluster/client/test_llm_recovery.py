@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from support.llms import llm_of
 
 from redshard.cluster.client.llm import LLM
 from redshard.cluster.engine.sampling_params import SamplingParams
-from redshard.cluster.errors import CapacityError, RequestError
+from redshard.cluster.errors import CapacityError, PipelineError, RequestError
 from redshard.worker.configuration import Deadlines, WorkerConfiguration
 from redshard.worker.model.step_batch import StepBatch, StepResult
 from redshard.worker.model.step_inputs import BatchError
@@ -156,6 +157,21 @@ def test_answers_beside_a_failed_one_are_kept(ray_instance: None, model: Path) -
         assert failed.value.completions[0].token_ids == generate([1, 2], 1, 1)
         with pytest.raises(RequestError, match=r"^a step of the request"):
             llm.logits([63])
+
+
+class BrokenStageActor(FakeStageActor):
+    def __init__(self, *arguments: Any) -> None:
+        raise RuntimeError("this machine has no heart\nand no brain")
+
+
+def test_the_reason_why_workers_do_not_start_is_one_sentence(ray_instance: None, model: Path) -> None:
+    with pytest.raises(PipelineError) as failed:
+        llm_of(BrokenStageActor)(model, device="cpu", max_context=256)
+    assert re.fullmatch(
+        r"the stages could not be brought up in 3 attempts: stage 0 on .* failed 3 times, the last time the "
+        r"worker could not be started: RuntimeError: this machine has no heart \(its log .* says more\)",
+        str(failed.value),
+    )
 
 
 def test_every_stage_on_gpus_has_one_of_its_own(ray_instance: None, model: Path) -> None:

@@ -14,12 +14,12 @@ from redshard.cluster.errors import PipelineError
 from redshard.cluster.pipeline import ray_session
 
 SCRIPT = """
-import asyncio, sys
+import asyncio, sys, threading, time
 import ray
 from support.fake_stage_actor import FakeStageActor
 from support.llms import llm_of
 from support.fake_worker import generate
-from redshard import PipelineError, SamplingParams
+from redshard import PipelineError, RequestError, SamplingParams
 
 params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 
@@ -53,7 +53,25 @@ check_closed(second)
 assert not ray.is_initialized()
 
 third = load()
+failed = []
+
+def ask_on():
+    try:
+        while True:
+            third.generate([[1]], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    except Exception as error:
+        failed.append(error)
+
+asking = [threading.Thread(target=ask_on) for _ in range(4)]
+for thread in asking:
+    thread.start()
+time.sleep(1)
 ray.shutdown()
+for thread in asking:
+    thread.join(20)
+assert len(failed) == 4, failed
+assert all(isinstance(error, PipelineError | RequestError) for error in failed), failed
+assert not ray.is_initialized()
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
 try:
     third.stats()
